@@ -1,0 +1,268 @@
+"""The local cloud: one process on one port that speaks AWS's protocols. ``python -m local_cloud.cloud --port 4566 --root DIR``.
+
+A request signed for SageMaker, Step Functions' executions or CodeBuild's builds is answered by our services; every other request
+goes to ministack, unmodified. Both are checked by the same policy engine against the roles that the template made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import re
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from local_cloud import emulator, validation
+from local_cloud.codebuild import CodeBuild
+from local_cloud.images import Images
+from local_cloud.sagemaker import SageMaker
+from local_cloud.service import Service, ServiceError
+from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
+from local_cloud.stepfunctions import StepFunctions
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+_MAX_BODY_BYTES = 32 * 1024 * 1024
+_INVOKE = re.compile(r"/endpoints/([^/]+)/invocations")
+_BUILD_OPERATIONS = frozenset({"StartBuild", "BatchGetBuilds", "StopBuild"})
+
+
+class LocalCloud:
+    """The account: its services, its working folder, and the ASGI application in front of them."""
+
+    def __init__(self, root: Path, port: int) -> None:
+        self.root = root
+        self.url = f"http://localhost:{port}"
+        self.region = emulator.REGION
+        self.account = emulator.ACCOUNT
+        self._sessions: dict[tuple[str, str, str], tuple[float, boto3.Session]] = {}
+        self._sessions_lock = threading.Lock()
+        images = Images(self)
+        self._sagemaker = SageMaker(self, images)
+        self._services: dict[str, Service] = {
+            "sagemaker": self._sagemaker,
+            "stepfunctions": StepFunctions(self),
+            "codebuild": CodeBuild(self, images),
+        }
+        self._ministack = emulator.application()
+        _add_resource_types(self._sagemaker)
+
+    # -- What the services see (local_cloud.service.Cloud) --
+
+    def session(self, role_arn: str, service: str, name: str) -> boto3.Session:
+        """See ``local_cloud.service.Cloud``; sessions are kept for half an hour."""
+        key = (role_arn, service, name)
+        with self._sessions_lock:
+            made_s, session = self._sessions.get(key, (0.0, None))
+            if session is None or time.monotonic() - made_s > 1800:
+                session = emulator.assume(role_arn, service, name)
+                self._sessions[key] = (time.monotonic(), session)
+            return session
+
+    def admin(self) -> boto3.Session:
+        """See ``local_cloud.service.Cloud``."""
+        return emulator.root_session()
+
+    def stop(self) -> None:
+        """Stop executions first, so that they stop their jobs; then the services, whose children are waited for."""
+        for name in ("stepfunctions", "codebuild", "sagemaker"):
+            self._services[name].stop()
+
+    # -- ASGI --
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._ministack(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        target = _target(scope, headers)
+        if target is None:
+            # The loopback interface stands for TLS: a load balancer that ended it would say so with this header.
+            secure = {**scope, "headers": [*scope["headers"], (b"x-forwarded-proto", b"https")]}
+            await self._ministack(secure, receive, _watched(send, self._denied, scope, headers))
+            return
+        body = await _read(receive)
+        status, answer_headers, answer = await asyncio.to_thread(self._answer, target, scope, headers, body)
+        await send({"type": "http.response.start", "status": status, "headers": _encode(answer_headers)})
+        await send({"type": "http.response.body", "body": answer})
+
+    def _answer(
+        self, target: tuple[str, str], scope: Scope, headers: dict[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        service, operation = target
+        request_id = str(uuid.uuid4())
+        try:
+            if operation == "InvokeEndpoint":
+                return self._invoke(scope, headers, body)
+            answer = self._call(service, operation, scope, headers, body)
+            content = json.dumps(answer, default=_json_value).encode() if answer is not None else b""
+            return 200, {"content-type": "application/x-amz-json-1.1", "x-amzn-requestid": request_id}, content
+        except ServiceError as error:
+            if "AccessDenied" in error.code:
+                self._denied(operation, error.message)
+            return _error_answer(error, request_id)
+
+    def _call(self, service: str, operation: str, scope: Scope, headers: dict[str, str], body: bytes) -> dict[str, Any]:
+        model = validation.service_model(service)
+        if operation not in model.operation_names:
+            raise ServiceError("UnknownOperationException", f"{service} has no operation {operation}")
+        try:
+            request = json.loads(body or b"{}")
+        except ValueError as error:
+            raise ServiceError("SerializationException", f"The body is not JSON: {error}") from error
+        found = validation.problems(model.operation_model(operation), request)
+        if found:
+            raise ServiceError("ValidationException", "; ".join(found))
+        handler = self._services[service]
+        caller = emulator.authenticate(scope, headers, body, handler.permissions(operation, request), service)
+        return handler.call(operation, request, caller)
+
+    def _invoke(self, scope: Scope, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+        match = _INVOKE.fullmatch(scope["path"])
+        name = match.group(1) if match else ""
+        permissions = self._sagemaker.permissions("InvokeEndpoint", {"EndpointName": name})
+        emulator.authenticate(scope, headers, body, permissions, "sagemaker")
+        return self._sagemaker.invoke_endpoint(name, body, headers)
+
+    def _denied(self, action: str, message: str) -> None:
+        """Keep a record of every refused call: a run that saw none proves that the roles suffice."""
+        line = json.dumps({"time": time.time(), "action": action, "message": message[:500]})
+        with (self.root / "denied.jsonl").open("a") as log:
+            log.write(line + "\n")
+
+
+def _target(scope: Scope, headers: dict[str, str]) -> tuple[str, str] | None:
+    """(service, operation) of a request that is ours, None for ministack's."""
+    scope_match = re.search(r"Credential=[^/]+/\d{8}/[^/]+/([^/]+)/", headers.get("authorization", ""))
+    signed_for = scope_match.group(1) if scope_match else ""
+    _, _, operation = headers.get("x-amz-target", "").partition(".")
+    if signed_for == "sagemaker":
+        return ("sagemaker", "InvokeEndpoint" if _INVOKE.fullmatch(scope["path"]) else operation)
+    if signed_for == "states" and operation in EXECUTION_OPERATIONS:
+        return ("stepfunctions", operation)
+    if signed_for == "codebuild" and operation in _BUILD_OPERATIONS:
+        return ("codebuild", operation)
+    return None
+
+
+async def _read(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > _MAX_BODY_BYTES or not message.get("more_body"):
+            return body
+
+
+def _watched(send: Send, denied: Callable[[str, str], None], scope: Scope, headers: dict[str, str]) -> Send:
+    """Pass on ministack's answer, noting one that refuses a signed call for want of a permission."""
+    status = 0
+
+    async def watch(message: dict[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        body = message.get("body", b"")
+        if (
+            status in (400, 403)
+            and headers.get("authorization", "").startswith("AWS4")
+            and b"not authorized to perform" in body
+        ):
+            denied(headers.get("x-amz-target") or f"{scope['method']} {scope['path']}", body.decode("utf-8", "replace"))
+        await send(message)
+
+    return watch
+
+
+def _json_value(value: Any) -> Any:
+    """AWS's JSON protocols: times as epoch seconds, blobs as base64."""
+    if isinstance(value, datetime):
+        return value.timestamp()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    raise TypeError(f"cannot serialise {type(value).__name__}")
+
+
+def _error_answer(error: ServiceError, request_id: str) -> tuple[int, dict[str, str], bytes]:
+    headers = {"content-type": "application/x-amz-json-1.1", "x-amzn-requestid": request_id, "x-amzn-errortype": error.code}
+    body = {"__type": error.code, "message": error.message, "Message": error.message, **getattr(error, "fields", {})}
+    return error.status, headers, json.dumps(body).encode()
+
+
+def _encode(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def _add_resource_types(sagemaker: SageMaker) -> None:
+    """CloudFormation types of the template that ministack lacks."""
+    group = "AWS::SageMaker::ModelPackageGroup"
+    root = emulator.Caller("", f"arn:aws:iam::{emulator.ACCOUNT}:root")
+
+    def create(_: str, properties: dict[str, Any], __: str) -> tuple[str, dict[str, Any]]:
+        arn = sagemaker.call("CreateModelPackageGroup", properties, root)["ModelPackageGroupArn"]
+        return str(arn), {"ModelPackageGroupArn": arn}
+
+    def delete(physical_id: str, _: dict[str, Any]) -> None:
+        sagemaker.call("DeleteModelPackageGroup", {"ModelPackageGroupName": physical_id.rsplit("/", 1)[-1]}, root)
+
+    emulator.add_resource_type(group, create, delete)
+
+
+async def _serve(cloud: LocalCloud, port: int) -> None:
+    from hypercorn.asyncio import serve
+    from hypercorn.config import Config
+
+    config = Config()
+    config.bind = [f"127.0.0.1:{port}", f"[::1]:{port}"] if _has_ipv6(port) else [f"127.0.0.1:{port}"]
+    config.keep_alive_timeout = 75
+    config.graceful_timeout = 2
+    config.loglevel = "WARNING"
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+
+    async def until_stopped() -> None:
+        await stopped.wait()
+        await asyncio.to_thread(cloud.stop)
+
+    await serve(cloud, config, shutdown_trigger=until_stopped)  # type: ignore[arg-type]
+
+
+def _has_ipv6(port: int) -> bool:
+    """Whether ``localhost`` may resolve to ::1 here; clients try it first."""
+    import socket
+
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("::1", port))
+            return True
+    except OSError:
+        return False
+
+
+def main() -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=4566, help="port on the loopback interface")
+    parser.add_argument("--root", type=Path, required=True, help="folder for everything the cloud writes")
+    arguments = parser.parse_args()
+    emulator.configure(arguments.root, arguments.port)
+    cloud = LocalCloud(arguments.root, arguments.port)
+    asyncio.run(_serve(cloud, arguments.port))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Every name of ministack that the local cloud uses, and nothing else of it.
+
+ministack (PyPI, pinned exactly) is run unmodified, with ``AUTH=true``. Two of its dictionaries and a handful of functions are not a
+public interface; they are gathered here, and ``tests/unit/test_local_emulator.py`` fails when a new version moves one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+import boto3
+import botocore.exceptions
+
+from local_cloud.service import Caller, Permission, ServiceError
+
+ROOT_ACCESS_KEY_ID = "test"
+"""ministack's root credentials: the deployer's, and the cloud's own book-keeping's."""
+ROOT_SECRET_ACCESS_KEY = "test"  # noqa: S105 - ministack's published default
+ACCOUNT = "000000000000"
+REGION = "us-east-1"
+
+
+def configure(root: Path, port: int) -> None:
+    """Set ministack's environment; must run before ``application`` imports it, which reads it once."""
+    scratch = root / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    os.environ.update(
+        AUTH="true",
+        GATEWAY_PORT=str(port),
+        BIND_HOST="127.0.0.1",
+        LAMBDA_EXECUTOR="local",
+        LAMBDA_STRICT="0",
+        LOG_LEVEL="WARNING",
+        MINISTACK_REGION=REGION,
+        TMPDIR=str(scratch),
+        AWS_DEFAULT_REGION=REGION,
+        AWS_ENDPOINT_URL=f"http://localhost:{port}",
+        AWS_ACCESS_KEY_ID=ROOT_ACCESS_KEY_ID,
+        AWS_SECRET_ACCESS_KEY=ROOT_SECRET_ACCESS_KEY,
+        AWS_EC2_METADATA_DISABLED="true",
+    )
+
+
+def application() -> Any:
+    """ministack's ASGI application."""
+    from ministack.app import app
+
+    return app
+
+
+def root_session() -> boto3.Session:
+    """The account's root."""
+    return boto3.Session(ROOT_ACCESS_KEY_ID, ROOT_SECRET_ACCESS_KEY, region_name=REGION)
+
+
+# ---- Who calls, and may they ------------------------------------------------------------------------------------------
+
+
+def authenticate(
+    scope: dict[str, Any], headers: dict[str, str], body: bytes, permissions: list[Permission], service: str
+) -> Caller:
+    """Check the request's signature and each permission with ministack's own policy engine.
+
+    Raises ``ServiceError`` with AWS's codes: a failed signature (403) or ``AccessDeniedException`` (400 in JSON protocols).
+    """
+    from ministack.app import _request_account_scope
+    from ministack.core import iam_evaluator, responses, router
+
+    query = parse_qs(scope.get("query_string", b"").decode(), keep_blank_values=True)
+    key = router.extract_access_key_id(headers, query)
+    if key:
+        responses.set_request_account_id(_request_account_scope(key))
+    responses.set_request_region(router.extract_region(headers, query))
+    iam_evaluator.pin_request_origin((scope.get("client") or ("127.0.0.1",))[0], True)
+    raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+    iam_evaluator.pin_signed_request(scope["method"], raw_path.decode("latin-1"), query, scope["headers"])
+    iam_evaluator.pin_signed_body(body)
+    for permission in permissions:
+        _enforce(key, permission, service)
+    return Caller(key, str((iam_evaluator.resolve_caller_identity(key) or {}).get("userArn", "unknown")))
+
+
+def _enforce(access_key_id: str, permission: Permission, service: str) -> None:
+    from ministack.core import iam_evaluator
+
+    denied = iam_evaluator.enforce(
+        access_key_id, permission.action, service, REGION, resource_arn=permission.resource, service_context=permission.context
+    )
+    if isinstance(denied, iam_evaluator.AuthError):
+        raise ServiceError(denied.code, denied.message, 403)
+    if denied is not None:
+        raise ServiceError(
+            "AccessDeniedException",
+            f"User: {denied.principal_arn} is not authorized to perform: {permission.action} on resource: {permission.resource}",
+        )
+
+
+def assume(role_arn: str, service: str, name: str) -> boto3.Session:
+    """Credentials of a role as an AWS service assumes it: the trust policy must name ``service``, and its conditions hold.
+
+    AWS sets ``aws:SourceAccount`` to the account on whose behalf it acts; so does this.
+    """
+    from ministack.services import sts
+
+    client = root_session().client("iam", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    role_name = role_arn.rsplit("/", 1)[-1]
+    try:
+        role = client.get_role(RoleName=role_name)["Role"]
+    except botocore.exceptions.ClientError as error:
+        raise ServiceError(
+            "ValidationException", f"The role {role_arn} does not exist: create it, or correct the ARN"
+        ) from error
+    if not _trusts(role["AssumeRolePolicyDocument"], service):
+        raise ServiceError(
+            "ValidationException",
+            f"{service} cannot assume the role {role_arn}: its trust policy must allow sts:AssumeRole to the principal {service}",
+        )
+    key, secret, token = f"ASIA{uuid.uuid4().hex[:16].upper()}", uuid.uuid4().hex, uuid.uuid4().hex
+    sts.register_session(
+        key,
+        {
+            "Arn": f"arn:aws:sts::{ACCOUNT}:assumed-role/{role_name}/{name[:64]}",
+            "UserId": f"{role['RoleId']}:{name[:64]}",
+            "SecretAccessKey": secret,
+            "SessionToken": token,
+            "Expiration": time.time() + 12 * 3600,
+        },
+    )
+    return boto3.Session(key, secret, token, region_name=REGION)
+
+
+def _trusts(document: dict[str, Any] | str, service: str) -> bool:
+    policy = json.loads(document) if isinstance(document, str) else document
+    return any(_statement_trusts(statement, service) for statement in policy.get("Statement", []))
+
+
+def _statement_trusts(statement: dict[str, Any], service: str) -> bool:
+    from ministack.core import iam_evaluator
+
+    principals = statement.get("Principal", {}).get("Service", [])
+    context = iam_evaluator.EvalContext(
+        principal_arn=service, principal_type="Service", principal_account=ACCOUNT, action="sts:AssumeRole", resource_arn="*",
+        region=REGION, service_context={"aws:sourceaccount": ACCOUNT},
+    )  # fmt: skip
+    return (
+        statement.get("Effect") == "Allow"
+        and service in ([principals] if isinstance(principals, str) else principals)
+        and bool(iam_evaluator._conditions_met(statement.get("Condition", {}), context))
+    )
+
+
+# ---- CloudFormation ---------------------------------------------------------------------------------------------------
+
+
+def add_resource_type(
+    name: str,
+    create: Callable[[str, dict[str, Any], str], tuple[str, dict[str, Any]]],
+    delete: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Teach CloudFormation a type it lacks. ``create(logical_id, properties, stack)`` gives the physical id and attributes."""
+    from ministack.services.cloudformation import provisioners
+
+    if name in provisioners._RESOURCE_HANDLERS:
+        raise RuntimeError(f"ministack now provisions {name} itself: remove it from local_cloud/emulator.py's callers")
+    provisioners._RESOURCE_HANDLERS[name] = {"create": create, "delete": delete}
