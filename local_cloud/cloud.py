@@ -11,7 +11,9 @@ import asyncio
 import base64
 import json
 import re
+import shutil
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -174,11 +176,7 @@ def _watched(send: Send, denied: Callable[[str, str], None], scope: Scope, heade
         nonlocal status
         status = message.get("status", status)
         body = message.get("body", b"")
-        if (
-            status in (400, 403)
-            and headers.get("authorization", "").startswith("AWS4")
-            and b"not authorized to perform" in body
-        ):
+        if status in (400, 403) and headers.get("authorization", "").startswith("AWS4") and b"not authorized to perform" in body:
             denied(headers.get("x-amz-target") or f"{scope['method']} {scope['path']}", body.decode("utf-8", "replace"))
         await send(message)
 
@@ -219,7 +217,7 @@ def _add_resource_types(sagemaker: SageMaker) -> None:
     emulator.add_resource_type(group, create, delete)
 
 
-async def _serve(cloud: LocalCloud, port: int) -> None:
+async def _serve(cloud: LocalCloud, port: int, lifeline: bool) -> None:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
 
@@ -232,6 +230,9 @@ async def _serve(cloud: LocalCloud, port: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    if lifeline:
+        # The launcher holds the other end of this pipe; it closes when the launcher ends, however hard.
+        loop.add_reader(sys.stdin.fileno(), stopped.set)
 
     async def until_stopped() -> None:
         await stopped.wait()
@@ -257,11 +258,15 @@ def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=4566, help="port on the loopback interface")
-    parser.add_argument("--root", type=Path, required=True, help="folder for everything the cloud writes")
+    parser.add_argument("--root", type=Path, required=True, help="folder for everything the cloud writes; removed at its end")
+    parser.add_argument("--lifeline", action="store_true", help="stop when standard input closes")
     arguments = parser.parse_args()
     emulator.configure(arguments.root, arguments.port)
     cloud = LocalCloud(arguments.root, arguments.port)
-    asyncio.run(_serve(cloud, arguments.port))
+    try:
+        asyncio.run(_serve(cloud, arguments.port, arguments.lifeline))
+    finally:
+        shutil.rmtree(arguments.root, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,7 @@ def assume(role_arn: str, service: str, name: str) -> boto3.Session:
     try:
         role = client.get_role(RoleName=role_name)["Role"]
     except botocore.exceptions.ClientError as error:
-        raise ServiceError(
-            "ValidationException", f"The role {role_arn} does not exist: create it, or correct the ARN"
-        ) from error
+        raise ServiceError("ValidationException", f"The role {role_arn} does not exist: create it, or correct the ARN") from error
     if not _trusts(role["AssumeRolePolicyDocument"], service):
         raise ServiceError(
             "ValidationException",

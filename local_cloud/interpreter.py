@@ -253,9 +253,7 @@ class AwsTask(StateTaskService):
         service = self.resource.service_name
         return f"{service}:{self.resource.api_name}" if service == "aws-sdk" else str(service)
 
-    def _eval_service_task(
-        self, env: Any, resource_runtime_part: Any, normalised_parameters: Any, state_credentials: Any
-    ) -> None:
+    def _eval_service_task(self, env: Any, resource_runtime_part: Any, normalised_parameters: Any, state_credentials: Any) -> None:
         if self.credentials:
             raise _failure(env, self, "States.Runtime", "Credentials of a task are not emulated; remove the field")
         service, action = _BOTO_NAMES.get(self.resource.api_name, self.resource.api_name), self.resource.api_action
@@ -311,9 +309,7 @@ class AwsTask(StateTaskService):
         """Poll the job until it ends; stop it when the state times out or the execution is aborted."""
         job = SYNC_JOBS.get((self.resource.service_name, self.resource.api_action))
         if job is None or self.resource.condition != "sync":
-            raise _failure(
-                env, self, "States.Runtime", f"{self.resource.resource_arn} is not emulated; see local_cloud/README.md"
-            )
+            raise _failure(env, self, "States.Runtime", f"{self.resource.resource_arn} is not emulated; see local_cloud/README.md")
         while env.is_running():
             described = job.describe(client, request, started)
             status = job.status(described)
@@ -352,9 +348,7 @@ def _python_name(operation: str) -> str:
 
 def _task_for(service_name: str) -> AwsTask:
     if service_name not in _EMULATED:
-        raise ValueError(
-            f"States call the service '{service_name}', which the local cloud does not run; see local_cloud/README.md"
-        )
+        raise ValueError(f"States call the service '{service_name}', which the local cloud does not run; see local_cloud/README.md")
     return AwsTask()
 
 

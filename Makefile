@@ -1,0 +1,79 @@
+# Everything a user or a contributor types. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV := .uv/bin/uv
+VENV := .venv
+CLI := node_modules/.bin/cdk
+# What `make run` takes; see `make help`. Exported, so that values with spaces or quotes reach Python as they are.
+DATA ?=
+WEIGHTS ?=
+BACKBONE ?=
+INPUT ?= {}
+OVERRIDE ?=
+PORT ?= 4566
+EXIT ?=
+STAGE ?= dev
+export DATA WEIGHTS BACKBONE INPUT OVERRIDE
+export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
+
+.PHONY: help run test test-all check synth lock clean versions
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  make run takes: DATA=folder|archive|https URL|s3 URI|dogs  WEIGHTS=state dict  BACKBONE=torchvision name"
+	@echo "                  INPUT='{...}' (the state machine's input)  OVERRIDE='{...}' (the stage's configuration)"
+	@echo "                  PORT=4566  EXIT=1 (post one test picture and end)"
+
+run: $(VENV)/.run $(CLI)  ## train and serve on this machine, without an AWS account
+	@$(VENV)/bin/python -m local_cloud.run --data "$$DATA" --weights "$$WEIGHTS" --backbone "$$BACKBONE" --input "$$INPUT" \
+	  --override "$$OVERRIDE" --port $(PORT) $(if $(EXIT),--exit)
+
+test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among them
+	@$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
+	@$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.test  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy infra lambdas local_cloud app.py
+	cd model_code && ../$(VENV)/bin/mypy --config-file ../pyproject.toml .
+
+synth: $(VENV)/.run $(CLI)  ## the CloudFormation template of STAGE (default dev), into cdk.out
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(CLI) synth --quiet -c stage=$(STAGE) && echo "cdk.out/ImageClassifier-$(STAGE).template.json"
+
+lock: $(UV)  ## write uv.lock and the requirements files made from it
+	$(UV) lock
+	$(UV) export --frozen --no-header --only-group deploy -o requirements.txt >/dev/null
+	$(UV) export --frozen --no-header --only-group server -o model_code/requirements-server.txt >/dev/null
+
+clean:  ## remove what make made
+	rm -rf $(VENV) .uv node_modules cdk.out build .pytest_cache .mypy_cache .ruff_cache
+
+versions:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing); Python 3.11 or newer is needed. Install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@command -v node >/dev/null || { echo "error: node was not found; Node.js 20 or newer is needed by the AWS CDK. See https://nodejs.org" >&2; exit 1; }
+	@node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 20)' || \
+	  { echo "error: node is $$(node --version); Node.js 20 or newer is needed by the AWS CDK. See https://nodejs.org" >&2; exit 1; }
+
+$(UV): | versions
+	@echo "Setting up (once): uv $(UV_VERSION)"
+	@$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
+
+# Two marks, one environment: the tests add their group to what a run needs.
+$(VENV)/.run: uv.lock pyproject.toml | $(UV)
+	@echo "Setting up (once): the locked Python packages"
+	@$(UV) sync --quiet --frozen --inexact --python $(PYTHON) && touch $@
+
+$(VENV)/.test: uv.lock pyproject.toml | $(UV)
+	@echo "Setting up (once): the locked Python packages, the tests' among them"
+	@$(UV) sync --quiet --frozen --inexact --all-groups --python $(PYTHON) && touch $@ $(VENV)/.run
+
+$(CLI): package-lock.json | versions
+	@echo "Setting up (once): the pinned AWS CDK command line"
+	@npm ci --silent --no-fund --no-audit && touch $@
