@@ -2,11 +2,11 @@
 
 moto 5.2 parses and walks the language faithfully, but evaluates JSONata through a Java bridge it does not ship and refuses the
 optimised integrations for SageMaker and CodeBuild. ``install`` gives it an evaluator (jsonata-python, with the functions that
-Step Functions adds) and one task class for every service. These two names of moto are private: ``tests/unit/test_local_interpreter.py``
-fails when a new version moves them, and nothing else in the project touches them.
+Step Functions adds) and one task class for every service. These two names of moto are private, nothing else in the project touches
+them, and ``tests/unit/test_local_interpreter.py`` fails when a new version moves them.
 
-Sources: https://docs.aws.amazon.com/step-functions/latest/dg/transforming-data.html (JSONata, its added functions),
-https://docs.aws.amazon.com/step-functions/latest/dg/integrate-optimized.html and .../supported-services-awssdk.html (names and errors).
+Sources: the Step Functions developer guide, https://docs.aws.amazon.com/step-functions/latest/dg/: transforming-data.html (JSONata
+and its added functions), integrate-optimized.html and supported-services-awssdk.html (names and errors).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from moto.stepfunctions.parser.api import (
 )
 from moto.stepfunctions.parser.asl.component.common.error_name.custom_error_name import CustomErrorName
 from moto.stepfunctions.parser.asl.component.common.error_name.failure_event import FailureEvent, FailureEventException
+from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name import StatesErrorName
+from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name_type import StatesErrorNameType
 from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
 from moto.stepfunctions.parser.asl.component.state.exec.state_task import state_task_factory
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service import StateTaskService
@@ -179,6 +181,12 @@ def _eval_jsonata_string(self: StringJSONata, env: Any) -> None:
 # ---- Tasks -----------------------------------------------------------------------------------------------------------
 
 
+def _error_name(name: str) -> CustomErrorName | StatesErrorName:
+    """moto keeps the language's own names (``States.*``) apart from everyone else's."""
+    own = {kind.to_name(): kind for kind in StatesErrorNameType}
+    return StatesErrorName(typ=own[name]) if name in own else CustomErrorName(error_name=name)
+
+
 def _failure(env: Any, task: AwsTask | None, error: str, cause: str) -> FailureEventException:
     details = TaskFailedEventDetails(
         resourceType=task._get_sfn_resource_type() if task else "states",
@@ -189,7 +197,7 @@ def _failure(env: Any, task: AwsTask | None, error: str, cause: str) -> FailureE
     return FailureEventException(
         failure_event=FailureEvent(
             env=env,
-            error_name=CustomErrorName(error_name=error),
+            error_name=_error_name(error),
             event_type=HistoryEventType.TaskFailed,
             event_details=EventDetails(taskFailedEventDetails=details),
         )

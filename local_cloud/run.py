@@ -78,11 +78,11 @@ def _run(arguments: argparse.Namespace, console: Console, scratch: Path) -> None
     machine_input = _machine_input(arguments, chosen, weights)
     _check_port(arguments.port)
     console.print(f"Data: {chosen.note}", markup=False)
-    with _cloud(arguments.port, scratch / "cloud", console) as root:
-        outputs = _deploy(arguments, chosen.stage, root, console)
-        _upload(chosen, weights, outputs["DataBucket"], console)
-        follower, ended = _execute(outputs, machine_input, root, console)
-        kept = _keep(outputs, ended)
+    with cloud(arguments.port, scratch / "cloud", console) as root:
+        outputs = deploy(arguments, chosen.stage, root, console)
+        upload(chosen, weights, outputs["DataBucket"], console)
+        follower, ended = execute(outputs, machine_input, root, console)
+        kept = keep(outputs, ended)
         if ended["status"] != "SUCCEEDED":
             raise RunError(_failure_message(ended, kept))
         _announce(outputs, ended, kept, console)
@@ -141,7 +141,7 @@ def _check_port(port: int) -> None:
 
 
 @contextmanager
-def _cloud(port: int, root: Path, console: Console) -> Iterator[Path]:
+def cloud(port: int, root: Path, console: Console) -> Iterator[Path]:
     """The local cloud as a child process. It ends when this process ends, however hard: its standard input closes."""
     root.mkdir(parents=True)
     log = root / "cloud.log"
@@ -175,7 +175,7 @@ def _wait_until_up(child: subprocess.Popen[bytes], port: int, log: Path) -> None
     raise RunError(f"the local cloud did not start within {START_TIMEOUT_S} s:\n{tail}")
 
 
-def _deploy(arguments: argparse.Namespace, stage: str, root: Path, console: Console) -> dict[str, str]:
+def deploy(arguments: argparse.Namespace, stage: str, root: Path, console: Console) -> dict[str, str]:
     """``cdk bootstrap`` and ``cdk deploy`` with the pinned CLI; returns the stack's outputs."""
     url = f"http://localhost:{arguments.port}"
     environment = {
@@ -223,31 +223,31 @@ def _cdk(command: list[str], environment: dict[str, str], root: Path, console: C
     console.print(f"  {what.lower()} took {time.monotonic() - started_s:.1f} s")
 
 
-def _upload(chosen: source.Source, weights: Path | None, bucket: str, console: Console) -> None:
-    s3 = _client("s3")
+def upload(chosen: source.Source, weights: Path | None, bucket: str, console: Console) -> None:
+    s3 = client("s3")
     for path, folder in ((chosen.upload, "incoming"), (weights, "incoming/weights")):
         if path is not None:
             source.put(s3, bucket, path, f"{folder}/{path.name}")
             console.print(f"Uploaded {path.name} to s3://{bucket}/{folder}/", markup=False)
 
 
-def _client(service: str) -> Any:
+def client(service: str) -> Any:
     return emulator.root_session().client(service, endpoint_url=os.environ["AWS_ENDPOINT_URL"])
 
 
 # ---- The execution ------------------------------------------------------------------------------------------------------
 
 
-def _execute(
+def execute(
     outputs: dict[str, str], machine_input: dict[str, Any], root: Path, console: Console
 ) -> tuple[Follower, dict[str, Any]]:
-    states = _client("stepfunctions")
+    states = client("stepfunctions")
     name = datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S")
     started = states.start_execution(stateMachineArn=outputs["StateMachineArn"], name=name, input=json.dumps(machine_input))
     console.print(f"Execution {name}, input {json.dumps(machine_input)}", markup=False)
     follower = Follower(
         states=states,
-        sagemaker=_client("sagemaker"),
+        sagemaker=client("sagemaker"),
         execution_arn=started["executionArn"],
         logs=root / "logs",
         console=console,
@@ -255,11 +255,11 @@ def _execute(
     return follower, follower.follow()
 
 
-def _keep(outputs: dict[str, str], ended: dict[str, Any]) -> Path:
+def keep(outputs: dict[str, str], ended: dict[str, Any]) -> Path:
     """Copy the run's reports out of the bucket, which ends with the cloud; returns their folder."""
     kept = PROJECT / "build" / "runs" / ended["name"]
     kept.mkdir(parents=True, exist_ok=True)
-    s3, prefix = _client("s3"), f"runs/{ended['name']}/"
+    s3, prefix = client("s3"), f"runs/{ended['name']}/"
     for part in ("report", "rule-output", "evaluation", "prepare"):
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=outputs["DataBucket"], Prefix=prefix + part + "/"):
             for item in page.get("Contents", []):
@@ -278,7 +278,7 @@ def _failure_message(ended: dict[str, Any], kept: Path) -> str:
 def _announce(outputs: dict[str, str], ended: dict[str, Any], kept: Path, console: Console) -> None:
     output = json.loads(ended["output"])
     example = _example(kept)
-    token = _client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
+    token = client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
     console.print()
     console.print(f"Test accuracy (top 1): {output['test_top1']:.4f}")
     console.print(f"Report:                {kept / 'report' / 'report.html'}", markup=False)
@@ -304,7 +304,7 @@ def _post_and_report(
     """POST one test picture as a user would, and close with one line of JSON."""
     example = _example(kept)
     expected = json.loads((example.parent / "smoke.json").read_text())[0]["expected"]
-    token = _client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
+    token = client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
     request = urllib.request.Request(  # noqa: S310 - our own address
         f"{outputs['ApiUrl'].rstrip('/')}/predict",
         data=example.read_bytes(),

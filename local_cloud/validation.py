@@ -1,4 +1,4 @@
-"""Requests checked against botocore's model, as the real API checks them: unknown fields, types, enums, patterns, lengths, ranges."""
+"""Requests checked against botocore's model as the real API checks them: fields, types, enums, patterns, lengths, ranges."""
 
 from __future__ import annotations
 

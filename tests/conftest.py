@@ -1,0 +1,58 @@
+"""Shared fixtures: the local cloud, and the real pictures when they are at hand."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+# smdebug's generated code needs protobuf's pure-Python mode, chosen before the first import.
+os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+REAL_DATA = (PROJECT / os.environ.get("REAL_DATA", "../shared")).resolve()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real pictures and weights (``$REAL_DATA``); the test is skipped, and says so, where it is absent."""
+    if not (REAL_DATA / "data").is_dir():
+        pytest.skip(f"no real pictures at {REAL_DATA}; name their folder with REAL_DATA")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class CloudUnderTest:
+    """A running local cloud."""
+
+    root: Path
+    url: str
+
+    def client(self, service: str, session: boto3.Session | None = None):
+        """A client of the account's root, or of ``session``."""
+        from local_cloud import emulator
+
+        return (session or emulator.root_session()).client(service, endpoint_url=self.url, region_name=emulator.REGION)
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory, free_port: int) -> Iterator[CloudUnderTest]:
+    """The local cloud in a process of its own, as ``make run`` starts it."""
+    from rich.console import Console
+
+    from local_cloud import run
+
+    root = tmp_path_factory.mktemp("cloud") / "root"
+    with run.cloud(free_port, root, Console(quiet=True)):
+        yield CloudUnderTest(root, f"http://localhost:{free_port}")

@@ -1,0 +1,114 @@
+"""ministack's names that we use, and IAM enforcement in front of both its services and ours."""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from local_cloud import emulator
+from local_cloud.service import ServiceError
+
+
+def test_the_names_of_ministack_are_where_we_use_them():
+    from ministack.app import _request_account_scope
+    from ministack.core import iam_evaluator, responses, router
+    from ministack.services import sts
+    from ministack.services.cloudformation import provisioners
+
+    assert callable(_request_account_scope)
+    names = ("pin_request_origin", "pin_signed_request", "pin_signed_body", "enforce", "resolve_caller_identity", "_conditions_met")
+    assert all(callable(getattr(iam_evaluator, name)) for name in (*names, "EvalContext", "AuthError"))
+    assert callable(router.extract_access_key_id)
+    assert callable(router.extract_region)
+    assert callable(responses.set_request_account_id)
+    assert callable(responses.set_request_region)
+    assert callable(sts.register_session)
+    assert {"create", "delete"} <= set(provisioners._RESOURCE_HANDLERS["AWS::ECR::Repository"])
+    assert "AWS::SageMaker::ModelPackageGroup" not in provisioners._RESOURCE_HANDLERS
+
+
+def trust(service: str, condition: dict | None = None) -> dict:
+    statement = {"Effect": "Allow", "Principal": {"Service": service}, "Action": "sts:AssumeRole"}
+    return {"Statement": [{**statement, **({"Condition": condition} if condition else {})}]}
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (trust("states.amazonaws.com"), True),
+        (trust("sagemaker.amazonaws.com"), False),
+        (trust("states.amazonaws.com", {"StringEquals": {"aws:SourceAccount": emulator.ACCOUNT}}), True),
+        (trust("states.amazonaws.com", {"StringEquals": {"aws:SourceAccount": "111111111111"}}), False),
+        ({"Statement": [{"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"}]}, False),
+    ],
+)
+def test_a_service_assumes_only_roles_that_trust_it(policy, expected):
+    assert emulator._trusts(policy, "states.amazonaws.com") is expected
+
+
+@pytest.fixture
+def role(cloud):
+    """A role whose policy allows to describe endpoints named ``mine`` and to pass no role; its session is returned."""
+    iam, name = cloud.client("iam"), f"test-{uuid.uuid4().hex[:8]}"
+    assume = {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"}
+    made = iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [assume]}))
+    allow = {
+        "Effect": "Allow",
+        "Action": ["sagemaker:DescribeEndpoint", "s3:ListBucket", "sagemaker:CreateModel"],
+        "Resource": ["arn:aws:sagemaker:*:*:endpoint/mine", "arn:aws:s3:::allowed", "arn:aws:sagemaker:*:*:model/*"],
+    }
+    iam.put_role_policy(RoleName=name, PolicyName="p", PolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [allow]}))
+    given = cloud.client("sts").assume_role(RoleArn=made["Role"]["Arn"], RoleSessionName="s")["Credentials"]
+    return boto3.Session(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"], region_name=emulator.REGION)
+
+
+def denied(call) -> str:
+    with pytest.raises(ClientError) as refused:
+        call()
+    return refused.value.response["Error"]["Code"]
+
+
+def test_a_call_inside_the_policy_passes_and_one_outside_is_denied(cloud, role):
+    sagemaker = cloud.client("sagemaker", role)
+    # Allowed: the answer is about the endpoint, which does not exist.
+    assert denied(lambda: sagemaker.describe_endpoint(EndpointName="mine")) == "ValidationException"
+    assert denied(lambda: sagemaker.describe_endpoint(EndpointName="other")) == "AccessDeniedException"
+    assert denied(lambda: sagemaker.delete_endpoint(EndpointName="mine")) == "AccessDeniedException"
+    cloud.client("s3").create_bucket(Bucket="allowed")
+    cloud.client("s3").create_bucket(Bucket="forbidden")
+    assert cloud.client("s3", role).list_objects_v2(Bucket="allowed")["KeyCount"] == 0
+    assert denied(lambda: cloud.client("s3", role).list_objects_v2(Bucket="forbidden")) == "AccessDenied"
+    lines = [json.loads(line) for line in (cloud.root / "denied.jsonl").read_text().splitlines()]
+    assert {"DescribeEndpoint", "DeleteEndpoint"} <= {line["action"] for line in lines}
+    assert any("forbidden" in line["action"] for line in lines)
+
+
+def test_passing_a_role_needs_its_own_permission(cloud, role):
+    model = {"ModelName": "m", "ExecutionRoleArn": f"arn:aws:iam::{emulator.ACCOUNT}:role/any"}
+    with pytest.raises(ClientError, match="iam:PassRole"):
+        cloud.client("sagemaker", role).create_model(**model)
+
+
+def test_a_wrong_signature_is_refused(cloud, role):
+    keys = role.get_credentials()
+    forged = boto3.Session(keys.access_key, "wrong", keys.token, region_name=emulator.REGION)
+    refusal = denied(lambda: cloud.client("sagemaker", forged).describe_endpoint(EndpointName="mine"))
+    assert refusal in ("InvalidSignatureException", "SignatureDoesNotMatch")
+
+
+def test_requests_are_checked_against_the_api_model(cloud):
+    sagemaker = cloud.client("sagemaker")
+    with pytest.raises(ClientError, match="does not match"):
+        sagemaker.describe_endpoint(EndpointName="-no-")
+    with pytest.raises(ClientError, match="outside 0 to 32|outside 1 to 32"):
+        sagemaker.describe_hyper_parameter_tuning_job(HyperParameterTuningJobName="a" * 33)
+
+
+def test_a_role_that_does_not_trust_the_service_is_not_assumed(cloud, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
+    with pytest.raises(ServiceError, match="does not exist"):
+        emulator.assume(f"arn:aws:iam::{emulator.ACCOUNT}:role/missing", "sagemaker.amazonaws.com", "s")

@@ -1,0 +1,208 @@
+"""The States Language interpreter: its private names in moto, JSONata, and tasks that call AWS."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import botocore.session
+import pytest
+from botocore.exceptions import ClientError
+from botocore.response import StreamingBody
+from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
+from moto.stepfunctions.parser.asl.component.state.exec.state_task import state_task_factory
+from moto.stepfunctions.parser.backend.execution import Execution
+from moto.stepfunctions.parser.backend.state_machine import StateMachineInstance
+
+from local_cloud import interpreter
+
+
+def test_the_private_names_of_moto_are_where_we_rebind_them():
+    assert list(inspect.signature(StringJSONata._eval_body).parameters) == ["self", "env"]
+    assert "state_task_service_for(" in inspect.getsource(state_task_factory.state_task_for)
+    assert list(inspect.signature(interpreter.StateTaskService._eval_service_task).parameters) == list(
+        inspect.signature(interpreter.AwsTask._eval_service_task).parameters
+    )
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("$states.input.text & '!'", 'say "hi"\n!'),
+        ("$states.input.nothing", None),
+        ("$states.input.one", ["x"]),
+        ("$append([{'a': 1}], $states.input.flag ? [{'b': 2}] : [])", [{"a": 1}]),
+        ("$parse('{\"a\": [1, 2]}').a[1]", 2),
+        ("10 / 4", 2.5),
+        ("$substring($hash('a', 'SHA-256'), 0, 8)", "ca978112"),
+        ("$partition([1, 2, 3], 2)", [[1, 2], [3]]),
+        ("$range(1, 5, 2)", [1, 3, 5]),
+    ],
+)
+def test_jsonata_gives_json(expression: str, expected: Any):
+    variables = {"states": {"input": {"text": 'say "hi"\n', "nothing": None, "one": ["x"], "flag": False}}}
+    value = interpreter.evaluate_jsonata(expression, variables)
+    assert value == expected
+
+
+@pytest.mark.parametrize("expression", ["$states.input.missing", "$eval('1')", "1 +", "function($x){$x}", "$hash('a', 'CRC')"])
+def test_jsonata_that_gives_no_json_is_an_error(expression: str):
+    with pytest.raises(interpreter.QueryError):
+        interpreter.evaluate_jsonata(expression, {"states": {"input": {}}})
+
+
+class FakeClient:
+    """A boto3 client without a network: answers from a table of (operation → answer, exception or function)."""
+
+    def __init__(self, service: str, answers: dict[str, Any], calls: list[tuple[str, dict[str, Any]]]) -> None:
+        model = botocore.session.get_session().get_service_model(service)
+        self.meta = type("Meta", (), {"service_model": model})
+        self._answers, self._calls = answers, calls
+
+    def __getattr__(self, name: str) -> Any:
+        def call(**request: Any) -> Any:
+            self._calls.append((name, request))
+            answer = self._answers[name]
+            answer = answer.pop(0) if isinstance(answer, list) and len(answer) > 1 else answer
+            answer = answer[0] if isinstance(answer, list) else answer
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return call
+
+
+def run(
+    states: dict[str, Any], answers: dict[str, Any], machine_input: dict[str, Any] | None = None, stop_after_s: float | None = None
+):
+    calls: list[tuple[str, dict[str, Any]]] = []
+    interpreter.install(lambda service, role_arn: FakeClient(service, answers, calls))
+    definition = json.dumps({"QueryLanguage": "JSONata", "StartAt": next(iter(states)), "States": states})
+    arn = "arn:aws:states:us-east-1:000000000000:stateMachine:m"
+    machine = StateMachineInstance(name="m", arn=arn, definition=definition, role_arn="role", logging_config={})
+    execution = Execution(
+        name="e", sm_type=machine.sm_type, role_arn="role", exec_arn=f"{arn}:e", account_id="0", region_name="us-east-1",
+        state_machine=machine, start_date=datetime.now(UTC), cloud_watch_logging_session=None, activity_store={},
+        input_data=json.dumps(machine_input or {}),
+    )  # fmt: skip
+    execution.start()
+    started_s = time.monotonic()
+    while execution.exec_status == "RUNNING" and time.monotonic() - started_s < 20:
+        if stop_after_s is not None and time.monotonic() - started_s > stop_after_s:
+            execution.stop(stop_date=datetime.now(UTC), error=None, cause=None)
+        time.sleep(0.02)
+    return execution, calls
+
+
+def task(resource: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"Type": "Task", "Resource": f"arn:aws:states:::{resource}", "Arguments": arguments, "End": True, **more}
+
+
+def client_error(code: str) -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": "why"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "x")
+
+
+PROCESSING = {"ProcessingJobName": "p"}
+
+
+def test_a_sync_task_waits_for_its_job_and_gives_the_description():
+    jobs = [{"ProcessingJobStatus": "InProgress"}, {"ProcessingJobStatus": "Completed", "ExitMessage": 'a "quoted" word'}]
+    execution, calls = run(
+        {"A": task("sagemaker:createProcessingJob.sync", PROCESSING, Output="{% $states.result.ExitMessage %}")},
+        {"create_processing_job": {}, "describe_processing_job": jobs},
+    )
+    assert (execution.exec_status, execution.output) == ("SUCCEEDED", 'a "quoted" word')
+    assert [name for name, _ in calls] == ["create_processing_job", "describe_processing_job", "describe_processing_job"]
+    kinds = [event["type"] for event in execution.to_history_output()["events"]]
+    assert kinds[2:6] == ["TaskScheduled", "TaskStarted", "TaskSubmitted", "TaskSucceeded"]
+
+
+def test_a_failed_job_fails_the_task_with_its_description_as_the_cause():
+    execution, _ = run(
+        {"A": task("sagemaker:createProcessingJob.sync", PROCESSING)},
+        {"create_processing_job": {}, "describe_processing_job": {"ProcessingJobStatus": "Failed", "FailureReason": "one class"}},
+    )
+    assert (execution.exec_status, execution.error) == ("FAILED", "States.TaskFailed")
+    assert json.loads(execution.cause)["FailureReason"] == "one class"
+
+
+def test_an_aborted_execution_stops_its_job():
+    execution, calls = run(
+        {"A": task("sagemaker:createProcessingJob.sync", PROCESSING)},
+        {"create_processing_job": {}, "describe_processing_job": {"ProcessingJobStatus": "InProgress"}, "stop_processing_job": {}},
+        stop_after_s=0.3,
+    )
+    assert execution.exec_status == "ABORTED"
+    deadline_s = time.monotonic() + 5
+    while ("stop_processing_job", PROCESSING) not in calls and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert ("stop_processing_job", PROCESSING) in calls
+
+
+def test_a_state_that_times_out_stops_its_job():
+    execution, calls = run(
+        {"A": task("sagemaker:createProcessingJob.sync", PROCESSING, TimeoutSeconds=1)},
+        {"create_processing_job": {}, "describe_processing_job": {"ProcessingJobStatus": "InProgress"}, "stop_processing_job": {}},
+    )
+    assert execution.error == "States.Timeout"
+    deadline_s = time.monotonic() + 5
+    while ("stop_processing_job", PROCESSING) not in calls and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert ("stop_processing_job", PROCESSING) in calls
+
+
+@pytest.mark.parametrize(
+    ("resource", "arguments", "operation", "code", "name"),
+    [
+        ("sagemaker:createModel", {"ModelName": "m", "ExecutionRoleArn": "r"}, "create_model", "ValidationException",
+         "SageMaker.AmazonSageMakerException"),
+        ("sagemaker:createModel", {"ModelName": "m"}, "create_model", "ResourceLimitExceeded", "SageMaker.ResourceLimitExceededException"),
+        ("aws-sdk:sagemaker:describeEndpoint", {"EndpointName": "e"}, "describe_endpoint", "ValidationException",
+         "SageMaker.SageMakerException"),
+        ("aws-sdk:ecr:describeImages", {"RepositoryName": "r"}, "describe_images", "ImageNotFoundException",
+         "Ecr.ImageNotFoundException"),
+        ("aws-sdk:s3:getObject", {"Bucket": "b", "Key": "k"}, "get_object", "NoSuchKey", "S3.NoSuchKeyException"),
+    ],
+)  # fmt: skip
+def test_errors_have_the_names_that_step_functions_gives_them(resource, arguments, operation, code, name):
+    execution, _ = run({"A": task(resource, arguments)}, {operation: client_error(code)})
+    assert execution.error == name
+
+
+def test_fields_are_pascal_case_and_unknown_ones_are_refused():
+    found = {"imageDetails": [{"imageTags": ["t"]}]}
+    execution, calls = run(
+        {"A": task("aws-sdk:ecr:describeImages", {"RepositoryName": "r", "ImageIds": [{"ImageTag": "t"}]})},
+        {"describe_images": found},
+    )
+    assert calls == [("describe_images", {"repositoryName": "r", "imageIds": [{"imageTag": "t"}]})]
+    assert execution.output == {"ImageDetails": [{"ImageTags": ["t"]}]}
+    execution, _ = run({"A": task("aws-sdk:ecr:describeImages", {"RepositoryName": "r", "Tag": "t"})}, {"describe_images": found})
+    assert execution.error == "States.Runtime"
+    assert "DescribeImages.Tag" in execution.cause
+
+
+def test_a_lambda_answers_with_its_payload_and_its_errors_keep_their_type():
+    def answer(payload: Any, **more: Any) -> dict[str, Any]:
+        text = json.dumps(payload).encode()
+        return {"StatusCode": 200, "Payload": StreamingBody(io.BytesIO(text), len(text)), **more}
+
+    states = {
+        "A": task("lambda:invoke", {"FunctionName": "f", "Payload": {"n": "{% 1 + 1 %}"}}, Output="{% $states.result.Payload %}")
+    }
+    execution, calls = run(states, {"invoke": answer({"ok": True})})
+    assert execution.output == {"ok": True}
+    assert json.loads(calls[0][1]["Payload"]) == {"n": 2}
+    execution, _ = run(
+        states, {"invoke": answer({"errorType": "SmokeTestFailed", "errorMessage": "1 of 4"}, FunctionError="Unhandled")}
+    )
+    assert execution.error == "SmokeTestFailed"
+
+
+def test_a_service_that_is_not_emulated_is_refused_by_name():
+    with pytest.raises(ValueError, match="glue"):
+        interpreter._task_for("glue")
