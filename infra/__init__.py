@@ -1,0 +1,1 @@
+"""The AWS side of the classifier, as one CDK stack. ``stack.py`` is the table of contents."""

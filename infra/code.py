@@ -1,0 +1,106 @@
+"""Our own code as assets: what training jobs unpack, what CodeBuild builds, what a Lambda runs. Same files, same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+from infra.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_CODE = ROOT / "model_code"
+STAGING = ROOT / "cdk.out" / ".staging"
+_SKIPPED = {"__pycache__", "tests", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All source files below a folder, sorted, without caches and tests. Raises ConfigError when there is none."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _SKIPPED & set(path.relative_to(folder).parts) and path.suffix != ".pyc"
+    ]
+    if not files:
+        raise ConfigError(f"{folder} holds no file; expected this project's code there: check out the repository again.")
+    return files
+
+
+def digest(files: list[Path], root: Path) -> str:
+    """SHA-256 (hex) over names and contents, independent of times and owners."""
+    total = hashlib.sha256()
+    for path in files:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(root).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def pack(files: list[Path], root: Path) -> bytes:
+    """A gzip tar of the files, the same bytes on every machine: the training toolkit wants ``sourcedir.tar.gz``."""
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in files:
+            info = tarfile.TarInfo(path.relative_to(root).as_posix())
+            content = path.read_bytes()
+            info.size, info.mode, info.mtime = len(content), 0o644, 0
+            archive.addfile(info, io.BytesIO(content))
+    return gzip.compress(plain.getvalue(), mtime=0)
+
+
+def model_code_archive() -> tuple[Path, str]:
+    """Path of ``sourcedir.tar.gz`` with everything in model_code/, and the code's hash."""
+    files = files_below(MODEL_CODE)
+    code_hash = digest(files, MODEL_CODE)
+    folder = STAGING / code_hash[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "sourcedir.tar.gz"
+    target.write_bytes(pack(files, MODEL_CODE))
+    return target, code_hash
+
+
+def copied_by(dockerfile: Path) -> list[Path]:
+    """The files that a Dockerfile copies into its image, and the Dockerfile itself: everything the image depends on."""
+    context = dockerfile.parent
+    names: list[str] = []
+    for line in dockerfile.read_text().replace("\\\n", " ").splitlines():
+        words = line.split()
+        if words and words[0].upper() in {"COPY", "ADD"}:
+            names += [word for word in words[1:-1] if not word.startswith("--")]
+    files = {dockerfile}
+    for name in names:
+        source = context / name
+        if not source.exists():
+            raise ConfigError(f"{dockerfile}: COPY {name}: no such file in {context}; add it or correct the Dockerfile.")
+        files |= set(files_below(source)) if source.is_dir() else {source}
+    return sorted(files)
+
+
+def server_folder() -> tuple[Path, str]:
+    """A folder with what the serving image is built from, and the image's tag: a hash of exactly those files."""
+    dockerfile = MODEL_CODE / "Dockerfile"
+    if not dockerfile.is_file():
+        raise ConfigError(f"{dockerfile} is missing; expected the serving image's Dockerfile: check out the repository again.")
+    files = copied_by(dockerfile)
+    tag = digest(files, MODEL_CODE)[:16]
+    return staged(f"server-{tag}", {path.relative_to(MODEL_CODE).as_posix(): path for path in files}), tag
+
+
+def staged(name: str, files: dict[str, Path]) -> Path:
+    """A fresh folder below cdk.out holding ``files`` (name in the folder -> source)."""
+    folder = STAGING / name
+    shutil.rmtree(folder, ignore_errors=True)
+    for relative, source in files.items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    return folder
+
+
+def lambda_folder(name: str, extra: dict[str, Path] | None = None) -> Path:
+    """A folder with the files of ``lambdas/<name>`` and, beside them, ``extra`` ones."""
+    source = ROOT / "lambdas" / name
+    files = {path.relative_to(source).as_posix(): path for path in files_below(source)}
+    return staged(f"lambda-{name}", files | (extra or {}))

@@ -1,0 +1,286 @@
+"""Configuration of one stage: typed, checked, and read from the CDK context here and nowhere else.
+
+``cdk.json`` holds ``stages``; ``-c stage=<name>`` chooses one. A stage may name another in ``extends`` and then gives only its
+differences. ``-c api_url=…`` and ``-c override='{"training": {"spot": true}}'`` change single values from the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+InstanceType = Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+HostName = Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")]
+BucketName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+
+RECIPES = ("head", "finetune", "scratch")
+STRATEGIES = ("Bayesian", "Random", "Grid", "Hyperband")
+
+# Longest prefix that leaves room for "-" and 16 hash digits in a tuning job's 32 characters, with a little to spare.
+MAX_PREFIX = 12
+
+
+class ConfigError(SystemExit):
+    """A configuration that must not be deployed. As a ``SystemExit`` it ends the program with one line and status 1."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Tuning(Section):
+    """Defaults of the hyperparameter search, overridable field by field in the state machine's input."""
+
+    strategy: Literal["Bayesian", "Random", "Grid", "Hyperband"] = "Bayesian"
+    max_jobs: int = Field(4, ge=1, le=500)
+    max_parallel_jobs: int = Field(2, ge=1, le=100)
+    learning_rate: tuple[float, float] = (0.01, 0.1)
+    """Smallest and largest learning rate, searched on a logarithmic scale."""
+    batch_size: tuple[int, ...] = (64, 128, 256)
+    early_stopping: Literal["Off", "Auto"] = "Off"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.learning_rate
+        if not 0 < low < high <= 10:
+            raise ValueError(f"learning_rate is [{low}, {high}]; expected 0 < smallest < largest <= 10")
+        if not self.batch_size or not all(1 <= size <= 8192 for size in self.batch_size):
+            raise ValueError(f"batch_size is {list(self.batch_size)}; expected one or more integers from 1 to 8192")
+        return self
+
+
+class QualityGate(Section):
+    """What a model must reach on the test set before it may serve."""
+
+    min_top1: Fraction = 0.6
+    max_drop: Fraction = 0.02
+    """How far test top1 may lie below the serving model's on the same test set."""
+
+
+class MachineInput(Section):
+    """Defaults of the state machine's input: what an execution started with ``{}`` does."""
+
+    action: Literal["train", "deploy"] = "train"
+    source: str = Field(min_length=1)
+    """``https://`` archive on an allowed host, ``s3://`` prefix or archive, or a key prefix in the data bucket."""
+    recipe: Literal["head", "finetune", "scratch"] = "head"
+    backbone: str = Field("mobilenet_v2", pattern=r"^[a-z][a-z0-9_]*$")
+    pretrained: str = "torchvision"
+    """``torchvision``, ``none``, or a URI or key of a state dict (.pth, .pt, .safetensors)."""
+    image_size: int = Field(224, ge=16, le=1024)
+    hyperparameters: dict[str, str | bool | int | float] = {}
+    tuning: Tuning = Tuning()
+    quality_gate: QualityGate = QualityGate()
+    model_package: str = ""
+
+    @model_validator(mode="after")
+    def _weights_fit_recipe(self) -> Self:
+        if self.recipe == "head" and self.pretrained == "none":
+            raise ValueError("recipe is head with pretrained none: a frozen backbone needs weights; choose recipe scratch")
+        return self
+
+
+class Jobs(Section):
+    """Machines for one kind of job."""
+
+    instance_type: InstanceType = "ml.m5.xlarge"
+    instance_count: int = Field(1, ge=1, le=20)
+    volume_gb: int = Field(30, ge=10, le=16384)
+    max_runtime_s: int = Field(3600, ge=60, le=432_000)
+    spot: bool = False
+    """Managed spot training: cheaper, may be interrupted. Processing jobs have no spot."""
+    max_wait_s: int = Field(0, ge=0, le=432_000)
+    """Longest time for running plus waiting for spot capacity; 0 means twice ``max_runtime_s``."""
+
+    @property
+    def wait_s(self) -> int:
+        """Longest time in seconds that a job may run and wait for capacity."""
+        return (self.max_wait_s or 2 * self.max_runtime_s) if self.spot else self.max_runtime_s
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the machine has an NVIDIA GPU, so that the CUDA container is needed."""
+        return self.instance_type.startswith(("ml.g", "ml.p"))
+
+    @model_validator(mode="after")
+    def _wait_longer_than_run(self) -> Self:
+        if self.spot and self.max_wait_s and self.max_wait_s < self.max_runtime_s:
+            raise ValueError(f"max_wait_s is {self.max_wait_s}; expected 0 or at least max_runtime_s = {self.max_runtime_s}")
+        return self
+
+
+class Endpoint(Section):
+    """How the model is served. ``serverless`` costs nothing when idle; ``realtime`` keeps machines running."""
+
+    mode: Literal["serverless", "realtime"] = "serverless"
+    memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144] = 2048
+    max_concurrency: int = Field(5, ge=1, le=200)
+    instance_type: InstanceType = "ml.c6i.large"
+    min_instances: int = Field(1, ge=1, le=100)
+    max_instances: int = Field(1, ge=1, le=100)
+    deadline_s: int = Field(1800, ge=60, le=14_400)
+    """Longest time to wait for the endpoint to become InService."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_instances > self.max_instances:
+            raise ValueError(f"min_instances is {self.min_instances}; expected at most max_instances = {self.max_instances}")
+        return self
+
+
+class Api(Section):
+    """The public HTTP interface."""
+
+    auth: Literal["token", "iam"] = "token"
+    throttle_rate: float = Field(20, gt=0, le=10_000)
+    """Requests per second, over all callers."""
+    throttle_burst: int = Field(40, ge=1, le=5_000)
+    max_megapixels: int = Field(50, ge=1, le=500)
+    """Pictures with more pixels are refused from their header, before anything is decoded."""
+
+
+class StageConfig(Section):
+    """Everything that differs between stages."""
+
+    stage: str = Field(pattern=r"^[a-z][a-z0-9]{0,9}$")
+    name: str = Field("dogs", pattern=r"^[a-z][a-z0-9-]*$")
+    removal: Literal["destroy", "retain"] = "destroy"
+    """What happens to data when the stack is deleted."""
+    retention_days: Literal[1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731] = 14
+    """How long logs, checkpoints and superseded object versions are kept."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    input: MachineInput
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Hosts from which PrepareData may download an archive."""
+    source_buckets: tuple[BucketName, ...] = ()
+    """Further buckets that PrepareData may read."""
+    processing: Jobs = Jobs()
+    tuning_jobs: Jobs = Jobs()
+    training: Jobs = Jobs()
+    max_trials: int = Field(100, ge=1, le=500)
+    """Upper limit of ``tuning.max_jobs`` in an execution's input: a guard against an expensive typing error."""
+    endpoint: Endpoint = Endpoint()
+    api: Api = Api()
+    api_url: str = "https://{api}.execute-api.{region}.{suffix}/{stage}"
+    """Address of the API: ``{api}``, ``{region}``, ``{suffix}`` (amazonaws.com) and ``{stage}`` are filled in on deployment."""
+    managed_debugger: bool = False
+    """Adds SageMaker Debugger's own fields to the training request. Closed to new customers since 2026-07-30."""
+    serving_image_uri: str = ""
+    """An existing serving image in ECR; empty: CodeBuild builds one from model_code/Dockerfile when it is missing."""
+    poll_seconds: int = Field(15, ge=1, le=300)
+    """Pause between two looks at a changing endpoint."""
+    alarm_email: str = Field("", pattern=r"^$|^[^@\s]+@[^@\s]+$")
+
+    @property
+    def prefix(self) -> str:
+        """Common start of every name that this stage makes, e.g. ``dogs-dev``."""
+        return f"{self.name}-{self.stage}"
+
+    @property
+    def destroys_data(self) -> bool:
+        """Whether deleting the stack deletes its data."""
+        return self.removal == "destroy"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.prefix) > MAX_PREFIX:
+            raise ValueError(f"name and stage make {self.prefix!r}; expected at most {MAX_PREFIX} characters: shorten name")
+        if "{api}" not in self.api_url:
+            raise ValueError(f"api_url is {self.api_url!r}; expected a template with {{api}}")
+        if self.input.tuning.max_jobs > self.max_trials:
+            raise ValueError(f"input.tuning.max_jobs is {self.input.tuning.max_jobs}; expected at most max_trials = {self.max_trials}")
+        if self.processing.spot:
+            raise ValueError("processing.spot is true; expected false: SageMaker has no spot for processing jobs")
+        return self
+
+
+class ContextReader(Protocol):
+    """What ``load`` needs of a CDK construct node."""
+
+    def try_get_context(self, key: str) -> Any:
+        """The value of a context key, or None."""
+        ...
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` laid over ``base``, object by object; lists and scalars replace."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def load(node: ContextReader) -> StageConfig:
+    """The configuration that the context names.
+
+    Raises ConfigError, with one line saying value, expectation and remedy, for anything that must not be deployed.
+    """
+    stage = node.try_get_context("stage") or "dev"
+    stages = node.try_get_context("stages")
+    if not isinstance(stages, Mapping):
+        raise ConfigError("cdk.json: context.stages is missing; expected an object with one entry per stage, such as dev.")
+    values = _resolved(stages, stage)
+    values = merged(values, _override(node.try_get_context("override")))
+    if node.try_get_context("api_url"):
+        values["api_url"] = node.try_get_context("api_url")
+    try:
+        return StageConfig(**values, stage=stage)
+    except (ValidationError, TypeError) as error:
+        raise ConfigError(_message(stage, error)) from None
+
+
+def _resolved(stages: Mapping[str, Any], stage: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The stage's values with those of the stages it extends below them."""
+    if stage not in stages:
+        raise ConfigError(f"stage is {stage!r}; expected one of {', '.join(sorted(stages))}: -c stage=… or cdk.json stages.")
+    if stage in seen:
+        raise ConfigError(f"cdk.json stages: {' -> '.join((*seen, stage))} extend each other; remove one 'extends'.")
+    values = dict(stages[stage])
+    parent = values.pop("extends", None)
+    return values if parent is None else merged(_resolved(stages, parent, (*seen, stage)), values)
+
+
+def _override(text: Any) -> dict[str, Any]:
+    """The object given as ``-c override='{…}'``."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"override is {text!r}; expected a JSON object ({error}).") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"override is {text!r}; expected a JSON object such as '{{\"training\": {{\"spot\": true}}}}'.")
+    return value
+
+
+def _message(stage: str, error: ValidationError | TypeError) -> str:
+    """One line for all problems of a configuration."""
+    if isinstance(error, TypeError):
+        return f"cdk.json stage {stage}: {error}; remove the name 'stage' from the stage's own values."
+    problems = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{path} is unknown; expected one of {', '.join(_names_at(item['loc'][:-1]))}")
+        elif item["type"] == "missing":
+            problems.append(f"{path} is missing; add it to the stage in cdk.json")
+        else:
+            problems.append(f"{path} is {item['input']!r}: {item['msg']}" if path else item["msg"])
+    return f"cdk.json stage {stage}: {'; '.join(problems)}."
+
+
+def _names_at(path: tuple[int | str, ...]) -> list[str]:
+    """The field names of the section at ``path``."""
+    model: type[BaseModel] = StageConfig
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return sorted(model.model_fields)

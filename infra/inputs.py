@@ -1,0 +1,197 @@
+"""The state machine's input: its fields, their defaults and their checks, as JSONata.
+
+Every check is a condition and the sentence a user reads when it does not hold; see ``check``.
+"""
+
+from __future__ import annotations
+
+import json
+
+from infra.config import RECIPES, STRATEGIES, MachineInput, QualityGate, StageConfig, Tuning
+
+FIELDS = tuple(MachineInput.model_fields)
+WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+UPLOADS = ("incoming/", "pretrained/")
+"""Where users put pictures and weights in the data bucket: the only places jobs may read them from."""
+
+# Set by the state machine itself, from other fields or from the search.
+RESERVED_HYPERPARAMETERS = ("recipe", "backbone", "pretrained", "image_size", "learning_rate", "batch_size")
+
+
+def merge(config: StageConfig) -> str:
+    """JSONata source of the input laid over the stage's defaults; groups of fields are merged one level deeper."""
+    defaults = json.dumps(config.input.model_dump(mode="json"))
+    groups = ", ".join(
+        f"'{name}': $exists($given.{name}) ? ($type($given.{name}) = 'object' ? "
+        f"$merge([$defaults.{name}, $given.{name}]) : $given.{name}) : $defaults.{name}"
+        for name in ("hyperparameters", "tuning", "quality_gate")
+    )
+    return (
+        f"($defaults := {defaults}; $given := $type($states.input) = 'object' ? $states.input : {{}}; "
+        f"$merge([$defaults, $given, {{{groups}}}]))"
+    )
+
+
+def check(config: StageConfig) -> str:
+    """JSONata source of one line that names every bad field, its value, and what was expected; empty when all is well."""
+    sentences = ", ".join([_is_object(), *_unknown(), *_top_level(config), *_tuning(config), *_gate()])
+    return (
+        "($shown := function($value) { $substring($string($value), 0, 200) }; "
+        "$bad := function($name, $value, $ok, $expected) "
+        "{ $ok ? '' : $name & ' is ' & $shown($value) & '; expected ' & $expected & '.' }; "
+        "$text := function($value) { $type($value) = 'string' ? $value : '' }; "
+        "$whole := function($value, $low, $high) "
+        "{ $type($value) = 'number' ? ($value = $floor($value) ? ($value >= $low ? $value <= $high : false) : false) : false }; "
+        "$between := function($value, $low, $high) "
+        "{ $type($value) = 'number' ? ($value >= $low ? $value <= $high : false) : false }; "
+        "$names := function($value) { $type($value) = 'object' ? $append([], $keys($value)) : [] }; "
+        "$i := $request; $t := $type($i.tuning) = 'object' ? $i.tuning : {}; "
+        "$q := $type($i.quality_gate) = 'object' ? $i.quality_gate : {}; "
+        f"$join($append([], $filter([{sentences}], function($line) {{ $line != '' }})), ' '))"
+    )
+
+
+def _bad(name: str, value: str, condition: str, expected: str) -> str:
+    """A call of ``$bad``; ``condition`` is JSONata, the rest is text (``value`` is JSONata)."""
+    return f"$bad({json.dumps(name)}, {value}, {condition}, {json.dumps(expected)})"
+
+
+def _is_object() -> str:
+    """The input as a whole."""
+    return _bad("The input", "$states.input", "$type($states.input) = 'object'", 'a JSON object such as {} or {"recipe": "head"}')
+
+
+def _unknown() -> list[str]:
+    """Names that nothing reads: most often typing errors."""
+    groups = {
+        "": ("$states.input", FIELDS),
+        "tuning.": ("$i.tuning", tuple(Tuning.model_fields)),
+        "quality_gate.": ("$i.quality_gate", tuple(QualityGate.model_fields)),
+    }
+    return [
+        f"$join($append([], $map($filter($names({value}), function($name) {{ $not($name in {json.dumps(known)}) }}), "
+        f"function($name) {{ '{group}' & $name & ' is unknown; expected one of {', '.join(known)}.' }})), ' ')"
+        for group, (value, known) in groups.items()
+    ]
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """A field with a few allowed words."""
+    return _bad(name, value, f"{value} in {json.dumps(allowed)}", f"one of {', '.join(allowed)}")
+
+
+def _top_level(config: StageConfig) -> list[str]:
+    """The fields outside the groups."""
+    name = "function($value) { $type($value) in ['string', 'number', 'boolean'] }"
+    return [
+        _one_of("action", "$i.action", ("train", "deploy")),
+        _bad("source", "$i.source", _source(config), _source_expectation(config)),
+        _one_of("recipe", "$i.recipe", RECIPES),
+        _bad("backbone", "$i.backbone", "$contains($text($i.backbone), /^[a-z][a-z0-9_]*$/)", "a torchvision name such as resnet18"),
+        _bad("pretrained", "$i.pretrained", _pretrained(), _pretrained_expectation()),
+        _bad(
+            "pretrained",
+            "$i.pretrained",
+            "$i.recipe = 'head' ? $i.pretrained != 'none' : true",
+            "weights, because recipe head trains on a frozen backbone; or choose recipe scratch",
+        ),
+        _bad("image_size", "$i.image_size", "$whole($i.image_size, 16, 1024)", "an integer from 16 to 1024"),
+        _bad(
+            "hyperparameters",
+            "$i.hyperparameters",
+            "$type($i.hyperparameters) = 'object'",
+            'an object such as {"epochs": 10}',
+        ),
+        _bad(
+            "hyperparameters",
+            "$i.hyperparameters",
+            f"$count($filter($names($i.hyperparameters), function($name) {{ $name in {json.dumps(RESERVED_HYPERPARAMETERS)} "
+            "or $contains($name, /^(_|sagemaker)/) })) = 0",
+            "names other than " + ", ".join(RESERVED_HYPERPARAMETERS) + " (fields of their own, or searched by tuning)",
+        ),
+        _bad(
+            "hyperparameters",
+            "$i.hyperparameters",
+            f"$count($filter($type($i.hyperparameters) = 'object' ? $append([], $each($i.hyperparameters, {name})) : [], "
+            "function($fine) { $not($fine) })) = 0",
+            "texts, numbers, true or false as values",
+        ),
+        _bad(
+            "model_package",
+            "$i.model_package",
+            f"$i.action = 'deploy' ? $contains($text($i.model_package), ':model-package/{config.prefix}/') : true",
+            f"the ARN of a version in the model package group {config.prefix}, because action is deploy",
+        ),
+    ]
+
+
+def _source(config: StageConfig) -> str:
+    """Whether PrepareData may read the source."""
+    buckets = json.dumps(list(config.source_buckets))
+    uploads = " or ".join(f"$substring($key, 0, {len(start)}) = '{start}'" for start in UPLOADS)
+    return (
+        "($s := $text($i.source); $key := $substringAfter($s, 's3://${DataBucket}/'); "
+        "$s = '' ? false : $contains($s, /^https:/) ? "
+        f"$substringBefore($substringAfter($s, 'https://'), '/') in {json.dumps(list(config.allowed_hosts))} : "
+        "$contains($s, /^s3:/) ? ($contains($s, 's3://${DataBucket}/') ? "
+        f"({uploads}) : $substringBefore($substringAfter($s, 's3://'), '/') in {buckets}) : "
+        f"$contains($s, ':') ? false : ({uploads.replace('$key', '$s')}))"
+    )
+
+
+def _source_expectation(config: StageConfig) -> str:
+    """What a source must look like."""
+    hosts = ", ".join(config.allowed_hosts) or "none is configured"
+    buckets = "".join(f", s3://{bucket}/…" for bucket in config.source_buckets)
+    return (
+        f"a key prefix or archive in the data bucket that begins with {' or '.join(UPLOADS)}, s3://${{DataBucket}}/incoming/…"
+        f"{buckets}, or an https:// archive on an allowed host ({hosts})"
+    )
+
+
+def _pretrained() -> str:
+    """Whether the weights can be found by name, or by a key that jobs may read."""
+    suffixes = "|".join(suffix.removeprefix(".") for suffix in WEIGHT_SUFFIXES)
+    uploads = "|".join(UPLOADS).replace("/", "\\/")
+    return (
+        "($p := $text($i.pretrained); $p in ['torchvision', 'none'] ? true : "
+        "($k := $contains($p, 's3://${DataBucket}/') ? $substringAfter($p, 's3://${DataBucket}/') : $p; "
+        f"$contains($k, /^({uploads})/) and $contains($k, /\\.({suffixes})$/)))"
+    )
+
+
+def _pretrained_expectation() -> str:
+    """What the field must look like."""
+    return (
+        f"torchvision, none, or a key in the data bucket that begins with {' or '.join(UPLOADS)} and ends with "
+        f"{', '.join(WEIGHT_SUFFIXES)}"
+    )
+
+
+def _tuning(config: StageConfig) -> list[str]:
+    """The fields of ``tuning``."""
+    rate = (
+        "$count($t.learning_rate) = 2 ? ($between($t.learning_rate[0], 0.0000001, 10) ? "
+        "($between($t.learning_rate[1], 0.0000001, 10) ? $t.learning_rate[0] < $t.learning_rate[1] : false) : false) : false"
+    )
+    sizes = (
+        "$count($t.batch_size) > 0 ? $count($filter($t.batch_size, function($size) { $not($whole($size, 1, 8192)) })) = 0 : false"
+    )
+    return [
+        _bad("tuning", "$i.tuning", "$type($i.tuning) = 'object'", 'an object such as {"max_jobs": 8}'),
+        _one_of("tuning.strategy", "$t.strategy", STRATEGIES),
+        _bad("tuning.max_jobs", "$t.max_jobs", f"$whole($t.max_jobs, 1, {config.max_trials})", f"an integer from 1 to {config.max_trials}"),
+        _bad("tuning.max_parallel_jobs", "$t.max_parallel_jobs", "$whole($t.max_parallel_jobs, 1, 100)", "an integer from 1 to 100"),
+        _bad("tuning.learning_rate", "$t.learning_rate", rate, "[smallest, largest] with 0 < smallest < largest <= 10"),
+        _bad("tuning.batch_size", "$t.batch_size", sizes, "a list of integers from 1 to 8192, such as [64, 128, 256]"),
+        _one_of("tuning.early_stopping", "$t.early_stopping", ("Off", "Auto")),
+    ]
+
+
+def _gate() -> list[str]:
+    """The fields of ``quality_gate``."""
+    return [
+        _bad("quality_gate", "$i.quality_gate", "$type($i.quality_gate) = 'object'", 'an object such as {"min_top1": 0.8}'),
+        _bad("quality_gate.min_top1", "$q.min_top1", "$between($q.min_top1, 0, 1)", "a number from 0 to 1"),
+        _bad("quality_gate.max_drop", "$q.max_drop", "$between($q.max_drop, 0, 1)", "a number from 0 to 1"),
+    ]

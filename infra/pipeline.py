@@ -1,0 +1,669 @@
+"""Pipeline: the state machine, its states in the order in which they run.
+
+The definition is Amazon States Language with JSONata, held as plain dictionaries: what is written here is what the console
+shows. Run-time facts live in variables (``Assign``); failures of any state end in CleanUp, a message, and ``Failed``.
+"""
+
+from __future__ import annotations
+
+import json
+from aws_cdk import aws_iam as iam
+from aws_cdk import aws_stepfunctions as sfn
+from constructs import Construct
+
+from infra import inputs, requests
+from infra.config import StageConfig
+from infra.functions import log_group
+from infra.requests import Json, ask
+
+SDK = "arn:aws:states:::aws-sdk"
+OPTIMIZED = "arn:aws:states:::sagemaker"
+
+WAITING = ["Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"]
+
+# AWS names throttling and lack of quota differently by integration; anything else is not worth a second try.
+BUSY = [
+    "SageMaker.AmazonSageMakerException",
+    "SageMaker.SageMakerException",
+    "SageMaker.ResourceLimitExceededException",
+    "SageMaker.ThrottlingException",
+]
+LAMBDA_BUSY = [
+    "Lambda.ServiceException",
+    "Lambda.AWSLambdaException",
+    "Lambda.SdkClientException",
+    "Lambda.TooManyRequestsException",
+]
+
+JOB_STATES = ("PrepareData", "CacheFeatures", "Tune", "Train", "Evaluate", "Report")
+
+ADVICE = {
+    "PrepareData": "Look at the source and at runs/<run>/prepare/report.json.",
+    "CacheFeatures": "Check that backbone and pretrained fit each other.",
+    "Tune": "Open the tuning job's trials in SageMaker; their log's last lines name the reason.",
+    "Train": "Open the training job's log in CloudWatch.",
+    "Evaluate": "Open the processing job's log in CloudWatch.",
+    "Report": "Open the processing job's log in CloudWatch; the trained model is kept in the run's folder.",
+    "BuildServer": "Open the build's log in CodeBuild.",
+    "Deploy": "The endpoint's FailureReason is above; its log is in CloudWatch under /aws/sagemaker/Endpoints.",
+    "SmokeTest": "The new model gave wrong answers through the API and was taken back; the previous one serves.",
+}
+MAX_CAPACITY_RETRIES = 3
+CAPACITY_PAUSE_S = 300
+
+
+def definition(config: StageConfig) -> Json:
+    """The whole state machine in Amazon States Language."""
+    return {
+        "Comment": f"{config.prefix}: pictures in, a tested classifier behind an HTTP API out",
+        "QueryLanguage": "JSONata",
+        "StartAt": "ReadInput",
+        "States": {
+            **_input_states(config),
+            **_data_states(config),
+            **_training_states(config),
+            **_evaluation_states(config),
+            **_registration_states(config),
+            **_deployment_states(config),
+            **_restore_states(config),
+            **_failure_states(),
+        },
+    }
+
+
+# --- input -----------------------------------------------------------------------------------------------------------------
+
+
+def _input_states(config: StageConfig) -> Json:
+    """Defaults, checks, and what follows from the fields."""
+    return {
+        "ReadInput": {
+            "Type": "Pass",
+            "Comment": "The stage's defaults under the execution's input",
+            "Assign": {
+                "run": ask("$states.context.Execution.Name"),
+                "request": ask(inputs.merge(config)),
+                # Every variable exists from the start: an unassigned one would end an execution with an obscure error.
+                "attempt": 0,
+                "polls": 0,
+                "tuning_job": None,
+                "training_job": None,
+                "best": None,
+                "model_name": "",
+                "endpoint_config": "",
+                "previous_config": "",
+                "endpoint": {"status": "Unknown", "config": "", "reason": ""},
+                "champion": {},
+                "champion_top1": None,
+                "dataset": {"dataset_hash": ""},
+                "failure": {"state": "", "error": "", "cause": ""},
+            },
+            "Next": "CheckInput",
+        },
+        "CheckInput": {
+            "Type": "Pass",
+            "Assign": {"check": {"problem": ask(inputs.check(config))}},
+            "Next": "InputAccepted",
+        },
+        "InputAccepted": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask("$check.problem != ''"), "Next": "InvalidInput"}],
+            "Default": "ResolveInput",
+        },
+        "InvalidInput": {"Type": "Fail", "Error": "InvalidInput", "Cause": ask("$check.problem")},
+        "ResolveInput": {
+            "Type": "Pass",
+            "Comment": "Keys become URIs, numbers become the strings that SageMaker wants",
+            "Assign": {
+                "source": ask(f"$contains($request.source, ':') ? $request.source : {requests.key_uri('$request.source')}"),
+                "pretrained": ask(f"{_weights_by_name()} ? $request.pretrained : 'channel'"),
+                "pretrained_uri": ask(
+                    f"{_weights_by_name()} ? '' : $contains($request.pretrained, ':') ? $request.pretrained : "
+                    f"{requests.key_uri('$request.pretrained')}"
+                ),
+                "static": ask(_static()),
+                "epochs": ask("$exists($request.hyperparameters.epochs) ? $number($request.hyperparameters.epochs) : 10"),
+            },
+            "Next": "ChooseAction",
+        },
+        "ChooseAction": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask("$request.action = 'deploy'"), "Next": "ReadPackage"}],
+            "Default": "PrepareData",
+        },
+    }
+
+
+def _weights_by_name() -> str:
+    """Whether weights are named rather than given as a file."""
+    return "$request.pretrained in ['torchvision', 'none']"
+
+
+def _static() -> str:
+    """JSONata source of the hyperparameters that are not searched, all as strings."""
+    own = (
+        "{'recipe': $request.recipe, 'backbone': $request.backbone, "
+        f"'pretrained': {_weights_by_name()} ? $request.pretrained : 'channel', 'image_size': $request.image_size}}"
+    )
+    return (
+        f"$merge($append([{{}}], $each($merge([$request.hyperparameters, {own}]), "
+        "function($value, $name) { {$name: $string($value)} })))"
+    )
+
+
+# --- data, training, evaluation --------------------------------------------------------------------------------------------
+
+
+def _data_states(config: StageConfig) -> Json:
+    """Pictures to a checked data set, and features when the backbone is frozen."""
+    processing = config.processing
+    return {
+        "PrepareData": _job("PrepareData", "createProcessingJob", requests.prepare(config), processing.wait_s, "ReadPrepared"),
+        "ReadPrepared": _read_json("ReadPrepared", "prepare/result.json", "dataset", "ChooseFeatures"),
+        "ChooseFeatures": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask("$request.recipe = 'head'"), "Next": "CacheFeatures"}],
+            "Default": "Tune",
+        },
+        "CacheFeatures": _job(
+            "CacheFeatures", "createProcessingJob", requests.cache_features(config), processing.wait_s, "Tune"
+        ),
+    }
+
+
+def _training_states(config: StageConfig) -> Json:
+    """The search, and the final training with what it found."""
+    search_s = min(5 * 86_400, config.tuning_jobs.wait_s * config.max_trials)
+    found = (
+        "$exists($states.result.BestTrainingJob.TunedHyperParameters) ? "
+        "$sift($states.result.BestTrainingJob.TunedHyperParameters, "
+        "function($value, $name) { $not($contains($name, /^_/)) }) : "
+        "$error('No trial completed with an objective; open the trials in SageMaker to see why.')"
+    )
+    tune = _job("Tune", "createHyperParameterTuningJob", requests.tuning(config), search_s, "Train")
+    tune["Assign"] = {"best": ask(found), "tuning_job": ask("$states.result.HyperParameterTuningJobName")}
+    train = _job("Train", "createTrainingJob", requests.training(config), config.training.wait_s, "Evaluate")
+    train["Assign"] = {
+        "training_job": ask("$states.result.TrainingJobName"),
+        "trained_model": ask("$states.result.ModelArtifacts.S3ModelArtifacts"),
+    }
+    return {"Tune": tune, "Train": train}
+
+
+def _evaluation_states(config: StageConfig) -> Json:
+    """The test split, the report, and the decision. The report comes first: a refused model is worth reading about."""
+    processing = config.processing
+    read = _read_json("ReadEvaluation", "evaluation/summary.json", "summary", "Report")
+    read["Assign"]["champion_top1"] = ask("$parse($states.result.Body).champion_top1")
+    good_enough = (
+        "$summary.top1 >= $request.quality_gate.min_top1 and ($type($summary.champion_top1) = 'number' ? "
+        "$summary.top1 + 0.000000001 >= $summary.champion_top1 - $request.quality_gate.max_drop : true)"
+    )
+    return {
+        "Evaluate": _job("Evaluate", "createProcessingJob", requests.evaluate(config), processing.wait_s, "ReadEvaluation"),
+        "ReadEvaluation": read,
+        "Report": _job("Report", "createProcessingJob", requests.report(config), processing.wait_s, "QualityGate"),
+        "QualityGate": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask(good_enough), "Next": _after_gate(config)}],
+            "Default": "NotifyRefused",
+        },
+        "NotifyRefused": {
+            **_publish(f"{config.prefix}: model refused", _refusal()),
+            "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "QualityGateFailed"}],
+            "Next": "QualityGateFailed",
+        },
+        "QualityGateFailed": {"Type": "Fail", "Error": "QualityGateFailed", "Cause": ask(_refusal())},
+    }
+
+
+def _refusal() -> str:
+    """JSONata source of the sentence about a refused model, with the numbers."""
+    return (
+        "'Test top1 is ' & $string($round($summary.top1, 4)) & '; expected at least ' & "
+        "$string($request.quality_gate.min_top1) & ($type($summary.champion_top1) = 'number' ? ' and at most ' & "
+        "$string($request.quality_gate.max_drop) & ' below the serving model with ' & "
+        "$string($round($summary.champion_top1, 4)) : '') & '. Nothing was deployed; the endpoint is as before. Report: ' & "
+        f"{requests.run_uri('report/report.html')} & '. Give more data or epochs, another backbone, or another quality_gate.'"
+    )
+
+
+# --- server image and registration -----------------------------------------------------------------------------------------
+
+
+def _after_gate(config: StageConfig) -> str:
+    """The first state behind the gate."""
+    return "UseServerImage" if config.serving_image_uri else "FindServerImage"
+
+
+def _registration_states(config: StageConfig) -> Json:
+    """The serving image, built when its tag is missing, and the model package."""
+    states = _given_image() if config.serving_image_uri else _built_image()
+    register = _task("Register", f"{SDK}:sagemaker:createModelPackage", requests.model_package(config), "CreateModel")
+    register["Assign"] = {
+        "champion": {
+            "model_package": ask("$states.result.ModelPackageArn"),
+            "model_data_url": ask("$summary.model_data_url"),
+            "labels_uri": ask("$summary.labels_uri"),
+            "smoke_uri": ask("$summary.smoke_uri"),
+            "run": ask("$run"),
+            "top1": ask("$summary.top1"),
+            "dataset_hash": ask("$dataset.dataset_hash"),
+            "image": ask("$image"),
+        }
+    }
+    return {**states, "Register": register, **_package_states()}
+
+
+def _given_image() -> Json:
+    """An image from the configuration."""
+    return {"UseServerImage": {"Type": "Pass", "Assign": {"image": "${ServerImage}"}, "Next": "Register"}}
+
+
+def _built_image() -> Json:
+    """An image of our own: its tag is a hash of everything in it, so an existing tag needs no build."""
+    find = _task(
+        "FindServerImage",
+        f"{SDK}:ecr:describeImages",
+        {"RepositoryName": "${ServerRepository}", "ImageIds": [{"ImageTag": "${ServerTag}"}]},
+        "Register",
+    )
+    find["Assign"] = {"image": "${ServerImage}"}
+    find["Catch"].insert(
+        0, {"ErrorEquals": ["Ecr.ImageNotFoundException", "ECR.ImageNotFoundException"], "Next": "BuildServer"}
+    )
+    build = _task(
+        "BuildServer",
+        "arn:aws:states:::codebuild:startBuild.sync",
+        {
+            "ProjectName": "${ServerProject}",
+            "EnvironmentVariablesOverride": [{"Name": "IMAGE_TAG", "Value": "${ServerTag}", "Type": "PLAINTEXT"}],
+        },
+        "Register",
+        timeout_s=3600,
+    )
+    build["Retry"] = [_retry(["CodeBuild.AccountLimitExceededException", "CodeBuild.AWSCodeBuildException"])]
+    build["Assign"] = {"image": "${ServerImage}"}
+    return {"FindServerImage": find, "BuildServer": build}
+
+
+def _package_states() -> Json:
+    """``action: deploy``: the facts come from a model package instead of a run."""
+    read = _task(
+        "ReadPackage",
+        f"{SDK}:sagemaker:describeModelPackage",
+        {"ModelPackageName": ask("$request.model_package")},
+        "CreateModel",
+    )
+    facts = "$states.result.CustomerMetadataProperties"
+    container = "$states.result.InferenceSpecification.Containers[0]"
+    read["Assign"] = {
+        "champion": {
+            "model_package": ask("$states.result.ModelPackageArn"),
+            "model_data_url": ask(f"{container}.ModelDataUrl"),
+            "labels_uri": ask(f"{facts}.labels_uri"),
+            "smoke_uri": ask(f"{facts}.smoke_uri"),
+            "run": ask(f"{facts}.run"),
+            "top1": ask(f"$number({facts}.top1)"),
+            "dataset_hash": ask(f"{facts}.dataset_hash"),
+            "image": ask(f"{container}.Image"),
+        },
+    }
+    return {"ReadPackage": read}
+
+
+# --- deployment ------------------------------------------------------------------------------------------------------------
+
+
+def _deployment_states(config: StageConfig) -> Json:
+    """Model, configuration, endpoint; then known pictures through the real API before the model counts as deployed."""
+    name = "$substringAfter($states.result.{0}, '/')"
+    model = _task("CreateModel", f"{OPTIMIZED}:createModel", requests.model(config), "CreateEndpointConfig")
+    model["Assign"] = {"model_name": ask(name.format("ModelArn"))}
+    endpoint_config = _task(
+        "CreateEndpointConfig", f"{OPTIMIZED}:createEndpointConfig", requests.endpoint_config(config), "FindEndpoint"
+    )
+    endpoint_config["Assign"] = {"endpoint_config": ask(name.format("EndpointConfigArn"))}
+    return {
+        "CreateModel": model,
+        "CreateEndpointConfig": endpoint_config,
+        **_change_states(config),
+        **_wait_states(config),
+        **_proof_states(config),
+    }
+
+
+def _change_states(config: StageConfig) -> Json:
+    """Create or update, never two changes at once: an endpoint in motion is waited for."""
+    create = _task("CreateEndpoint", f"{OPTIMIZED}:createEndpoint", requests.create_endpoint(config), "WaitForEndpoint")
+    create["Assign"] = {"polls": 0, "previous_config": ""}
+    update = _task("UpdateEndpoint", f"{OPTIMIZED}:updateEndpoint", requests.update_endpoint(config), "WaitForEndpoint")
+    update["Assign"] = {"polls": 0, "previous_config": ask("$endpoint.config")}
+    delete = _task(
+        "DeleteFailedEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "WaitForOthers"
+    )
+    in_time = f"$polls < {_max_polls(config)}"
+    return {
+        "FindEndpoint": _describe(config, "FindEndpoint", "Deploy"),
+        "Deploy": {
+            "Type": "Choice",
+            "Choices": [
+                {"Condition": ask("$endpoint.status = 'Missing'"), "Next": "CreateEndpoint"},
+                {
+                    "Condition": ask("$endpoint.status in ['InService', 'OutOfService', 'UpdateRollbackFailed']"),
+                    "Next": "UpdateEndpoint",
+                },
+                {"Condition": ask(f"$endpoint.status = 'Failed' and {in_time}"), "Next": "DeleteFailedEndpoint"},
+                {"Condition": ask(f"$endpoint.status in {json.dumps(WAITING)} and {in_time}"), "Next": "WaitForOthers"},
+            ],
+            "Default": "DeployFailed",
+        },
+        "CreateEndpoint": create,
+        "UpdateEndpoint": update,
+        "DeleteFailedEndpoint": delete,
+        "WaitForOthers": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "FindEndpoint"},
+    }
+
+
+def _wait_states(config: StageConfig) -> Json:
+    """Look until the endpoint serves the new configuration, with a deadline: AWS has no ``.sync`` for endpoints."""
+    moving = f"$endpoint.status in {json.dumps(WAITING)} and $polls < {_max_polls(config)}"
+    return {
+        "WaitForEndpoint": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "CheckEndpoint"},
+        "CheckEndpoint": _describe(config, "CheckEndpoint", "EndpointReady"),
+        "EndpointReady": {
+            "Type": "Choice",
+            "Choices": [
+                {
+                    "Condition": ask("$endpoint.status = 'InService' and $endpoint.config = $endpoint_config"),
+                    "Next": "SmokeTest",
+                },
+                {"Condition": ask(moving), "Next": "WaitForEndpoint"},
+            ],
+            "Default": "DeployFailed",
+        },
+        "DeployFailed": {
+            "Type": "Pass",
+            "Assign": {
+                "failure": {
+                    "state": "Deploy",
+                    "error": "EndpointNotInService",
+                    "cause": ask(
+                        f"'Endpoint {config.prefix} is ' & $endpoint.status & ' with configuration ' & $endpoint.config & "
+                        f"'; expected InService with ' & $endpoint_config & ' within {config.endpoint.deadline_s} s. ' & "
+                        "$endpoint.reason"
+                    ),
+                }
+            },
+            "Next": "HasPrevious",
+        },
+    }
+
+
+def _proof_states(config: StageConfig) -> Json:
+    """The smoke test, and what makes the new model the champion."""
+    smoke = _lambda("SmokeTest", "SmokeTest", {"smoke_uri": ask("$champion.smoke_uri"), "run": ask("$champion.run")})
+    smoke |= {"Next": "WriteChampion", "Catch": _catch("SmokeTest", "HasPrevious")}
+    champion = {**{name: ask(f"$champion.{name}") for name in _CHAMPION}, "endpoint_config": ask("$endpoint_config")}
+    write = _task(
+        "WriteChampion",
+        f"{SDK}:s3:putObject",
+        {
+            "Bucket": "${DataBucket}",
+            "Key": "champion.json",
+            "ContentType": "application/json",
+            "Body": champion,
+        },
+        "Publish",
+    )
+    write["Catch"] = _catch("WriteChampion", "HasPrevious")
+    write["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
+    message = (
+        f"'Run ' & $run & ' serves on endpoint {config.prefix}: test top1 ' & $string($round($champion.top1, 4)) & "
+        f"'. API: ${{ApiUrl}} Report: ' & {requests.run_uri('report/report.html')}"
+    )
+    return {
+        "SmokeTest": smoke,
+        "WriteChampion": write,
+        "Publish": {
+            **_publish(f"{config.prefix}: model deployed", message),
+            # A message that cannot be sent does not undo a working deployment.
+            "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "Done"}],
+            "Next": "Done",
+        },
+        "Done": {"Type": "Succeed", "Output": _result(config)},
+    }
+
+
+_CHAMPION = ("model_package", "model_data_url", "labels_uri", "smoke_uri", "run", "top1", "dataset_hash", "image")
+
+
+def _result(config: StageConfig) -> Json:
+    """The execution's output."""
+    return {
+        "run": ask("$run"),
+        "api_url": "${ApiUrl}",
+        "endpoint": config.prefix,
+        "report_uri": ask("'s3://${DataBucket}/runs/' & $champion.run & '/report/report.html'"),
+        "model_package": ask("$champion.model_package"),
+        "model_data_url": ask("$champion.model_data_url"),
+        "test_top1": ask("$champion.top1"),
+        "champion_top1": ask("$champion_top1"),
+        "training_job": ask("$training_job"),
+        "tuning_job": ask("$tuning_job"),
+        "best_hyperparameters": ask("$best"),
+        "dataset_hash": ask("$champion.dataset_hash"),
+    }
+
+
+def _max_polls(config: StageConfig) -> int:
+    """How often an endpoint is looked at before its deadline."""
+    return -(-config.endpoint.deadline_s // config.poll_seconds)
+
+
+def _describe(config: StageConfig, name: str, following: str) -> Json:
+    """DescribeEndpoint into ``$endpoint``. SageMaker answers a missing endpoint with a ValidationException and a sentence."""
+    state = _task(name, f"{SDK}:sagemaker:describeEndpoint", {"EndpointName": config.prefix}, following)
+    polled = ask("$polls + 1")
+    state["Assign"] = {
+        "polls": polled,
+        "endpoint": {
+            "status": ask("$states.result.EndpointStatus"),
+            "config": ask("$states.result.EndpointConfigName"),
+            "reason": ask("$exists($states.result.FailureReason) ? $states.result.FailureReason : ''"),
+        },
+    }
+    missing = {
+        "status": ask("$contains($states.errorOutput.Cause, 'ould not find') ? 'Missing' : 'Unknown'"),
+        "config": "",
+        "reason": ask("$states.errorOutput.Cause"),
+    }
+    state["Retry"] = [_retry(["SageMaker.ThrottlingException"])]
+    state["Catch"] = [
+        {"ErrorEquals": ["States.ALL"], "Assign": {"polls": polled, "endpoint": missing}, "Next": following},
+    ]
+    return state
+
+
+# --- when something fails --------------------------------------------------------------------------------------------------
+
+
+def _restore_states(config: StageConfig) -> Json:
+    """The previous configuration comes back; a first deployment that failed leaves no endpoint behind."""
+    restore = _task(
+        "RestorePrevious",
+        f"{OPTIMIZED}:updateEndpoint",
+        requests.update_endpoint(config, "$previous_config"),
+        "WaitForRestore",
+    )
+    restore["Assign"] = {"polls": 0}
+    restore["Retry"] = [_retry(["States.TaskFailed"], interval_s=5, attempts=4)]
+    restore["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "CleanUp"}]
+    remove = _task("RemoveEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "CleanUp")
+    remove["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "CleanUp"}]
+    moving = f"$endpoint.status in {json.dumps(WAITING)} and $polls < {_max_polls(config)}"
+    return {
+        "HasPrevious": {
+            "Type": "Choice",
+            "Choices": [
+                {"Condition": ask("$endpoint.config = $previous_config"), "Next": "CleanUp"},
+                {"Condition": ask("$endpoint.config != $endpoint_config"), "Next": "CleanUp"},
+                {"Condition": ask("$previous_config != ''"), "Next": "RestorePrevious"},
+            ],
+            "Default": "RemoveEndpoint",
+        },
+        "RestorePrevious": restore,
+        "WaitForRestore": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "CheckRestore"},
+        "CheckRestore": _describe(config, "CheckRestore", "Restored"),
+        "Restored": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask(moving), "Next": "WaitForRestore"}],
+            "Default": "CleanUp",
+        },
+        "RemoveEndpoint": remove,
+    }
+
+
+def _failure_states() -> Json:
+    """Lack of capacity is waited out; anything else removes what this execution made, is reported, and ends in Failed."""
+    scarce = (
+        f"$attempt < {MAX_CAPACITY_RETRIES} and $contains($failure.cause, "
+        "/CapacityError|InsufficientInstanceCapacity|insufficient capacity/)"
+    )
+    clean_up = _lambda(
+        "CleanUp",
+        "CleanUp",
+        {"model": ask("$model_name"), "endpoint_config": ask("$endpoint_config")},
+    )
+    return {
+        "CapacityMissing": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask(scarce), "Next": "WaitForCapacity", "Assign": {"attempt": ask("$attempt + 1")}}],
+            "Default": "CleanUp",
+        },
+        "WaitForCapacity": {"Type": "Wait", "Seconds": CAPACITY_PAUSE_S, "Next": "TryAgain"},
+        "TryAgain": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask(f"$failure.state = '{name}'"), "Next": name} for name in JOB_STATES],
+            "Default": "CleanUp",
+        },
+        "CleanUp": {**clean_up, "Next": "NotifyFailure", "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "NotifyFailure"}]},
+        "NotifyFailure": {
+            **_publish("Classifier run failed", _explanation()),
+            "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "Failed"}],
+            "Next": "Failed",
+        },
+        "Failed": {"Type": "Fail", "Error": ask("$failure.state & 'Failed'"), "Cause": ask(_explanation())},
+    }
+
+
+def _explanation() -> str:
+    """JSONata source: which state failed, why, and what to do. A job's FailureReason is dug out of its description."""
+    return (
+        "($c := $failure.cause; "
+        "$why := $contains($c, /^[{].*FailureReason.*[}]$/s) ? $parse($c).FailureReason : "
+        "$contains($c, /^[{].*errorMessage.*[}]$/s) ? $parse($c).errorMessage : $c; "
+        f"$advice := $lookup({json.dumps(ADVICE)}, $failure.state); "
+        "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & ' ' & "
+        "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "
+        "' What this run had deployed was removed; a model that served before still does.')"
+    )
+
+
+# --- building blocks -------------------------------------------------------------------------------------------------------
+
+
+def _task(name: str, resource: str, arguments: Json, following: str, *, timeout_s: int = 300) -> Json:
+    """A Task with a time limit, retries when AWS is busy, and a way out."""
+    return {
+        "Type": "Task",
+        "Resource": resource,
+        "Arguments": arguments,
+        "TimeoutSeconds": timeout_s,
+        "Retry": [_retry(BUSY)],
+        "Catch": _catch(name),
+        "Next": following,
+    }
+
+
+def _job(name: str, call: str, request: Json, limit_s: int, following: str) -> Json:
+    """A SageMaker job that the state waits for. Half an hour more than the job's own limit: SageMaker starts and uploads too."""
+    state = _task(name, f"{OPTIMIZED}:{call}.sync", request, following, timeout_s=limit_s + 1800)
+    state["Catch"] = _catch(name, "CapacityMissing")
+    return state
+
+
+def _read_json(name: str, key: str, variable: str, following: str) -> Json:
+    """A small JSON file of this run into a variable."""
+    request = {"Bucket": "${DataBucket}", "Key": ask(f"'runs/' & $run & '/{key}'")}
+    state = _task(name, f"{SDK}:s3:getObject", request, following)
+    state["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
+    state["Assign"] = {variable: ask("$parse($states.result.Body)")}
+    return state
+
+
+def _lambda(name: str, function: str, payload: Json) -> Json:
+    """A call of one of our Lambdas."""
+    state = _task(
+        name,
+        "arn:aws:states:::lambda:invoke",
+        {"FunctionName": f"${{{function}FunctionArn}}", "Payload": payload},
+        "",
+        timeout_s=900,
+    )
+    state["Retry"] = [_retry(LAMBDA_BUSY)]
+    return state
+
+
+def _publish(subject: str, message: str) -> Json:
+    """A message to the operations topic; ``message`` is JSONata source."""
+    return {
+        "Type": "Task",
+        "Resource": "arn:aws:states:::sns:publish",
+        "Arguments": {"TopicArn": "${TopicArn}", "Subject": subject, "Message": ask(message)},
+        "TimeoutSeconds": 60,
+        "Retry": [_retry(["SNS.InternalErrorException", "SNS.ThrottledException"])],
+    }
+
+
+def _retry(errors: list[str], *, interval_s: int = 3, attempts: int = 3) -> Json:
+    """Growing pauses with jitter, so that parallel executions do not collide again."""
+    return {
+        "ErrorEquals": errors,
+        "IntervalSeconds": interval_s,
+        "BackoffRate": 2,
+        "MaxAttempts": attempts,
+        "MaxDelaySeconds": 120,
+        "JitterStrategy": "FULL",
+    }
+
+
+def _catch(name: str, following: str = "CleanUp") -> list[Json]:
+    """Remember which state failed and why."""
+    failure = {
+        "state": name,
+        "error": ask("$states.errorOutput.Error"),
+        "cause": ask("$exists($states.errorOutput.Cause) ? $string($states.errorOutput.Cause) : ''"),
+    }
+    return [{"ErrorEquals": ["States.ALL"], "Assign": {"failure": failure}, "Next": following}]
+
+
+class Pipeline(Construct):
+    """The state machine with its log group. ``values`` fill the definition's ``${Name}`` places."""
+
+    def __init__(
+        self, scope: Construct, construct_id: str, *, config: StageConfig, role: iam.IRole, values: dict[str, str]
+    ) -> None:
+        super().__init__(scope, construct_id)
+        # Under this prefix CloudWatch does not grow the account's resource policy with every log group.
+        group = log_group(self, "Log", config=config, name=f"/aws/vendedlogs/states/{config.prefix}")
+        self.machine = sfn.StateMachine(
+            self,
+            "StateMachine",
+            state_machine_name=config.prefix,
+            definition_body=sfn.DefinitionBody.from_string(json.dumps(definition(config), ensure_ascii=False)),
+            definition_substitutions=values,
+            role=role,
+            tracing_enabled=True,
+            logs=sfn.LogOptions(destination=group, level=sfn.LogLevel.ALL, include_execution_data=True),
+        )

@@ -1,0 +1,456 @@
+"""The SageMaker requests, one function each, in AWS's own field names.
+
+Fixed values are plain; values known only in an execution are JSONata (``{% … %}``), which Step Functions evaluates. ``Raw``
+marks JSONata inside a structure that ``jsonata`` renders as one expression. Variables of the state machine:
+``$run`` (execution name), ``$request`` (checked input), ``$dataset`` (prepare's result.json), ``$best`` (hyperparameters).
+``${Name}`` is filled in by CloudFormation (DefinitionSubstitutions).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from infra.config import Jobs, StageConfig
+
+Json = dict[str, Any]
+
+INPUT = "/opt/ml/processing/input"
+OUTPUT = "/opt/ml/processing/output"
+
+OBJECTIVE = {"Name": "valid:best_top1", "Regex": "best_valid_top1=([0-9.]+)"}
+METRICS = [
+    OBJECTIVE,
+    {"Name": "train:loss", "Regex": " train_loss=([0-9.]+)"},
+    {"Name": "train:top1", "Regex": " train_top1=([0-9.]+)"},
+    {"Name": "valid:loss", "Regex": " valid_loss=([0-9.]+)"},
+    {"Name": "valid:top1", "Regex": " valid_top1=([0-9.]+)"},
+]
+
+JOB_ENVIRONMENT = {
+    "PIP_NO_DEPS": "1",
+    "PIP_ROOT_USER_ACTION": "ignore",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python",
+}
+
+_UNPACK_AND_RUN = (
+    f"cd {INPUT}/code && tar -xzf *.tar.gz && python -m pip install -q --no-deps -r requirements.txt "
+    '&& exec python "$0" "$@"'
+)
+
+
+class Raw(str):
+    """JSONata source inside a structure given to ``jsonata``."""
+
+    __slots__ = ()
+
+
+def jsonata(value: Any) -> str:
+    """A Python structure as JSONata source: literals as JSON, ``Raw`` as it is."""
+    if isinstance(value, Raw):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {jsonata(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(jsonata(item) for item in value) + "]"
+    return json.dumps(value)
+
+
+def ask(expression: str) -> str:
+    """The form in which Step Functions recognises an expression."""
+    return "{% " + expression + " %}"
+
+
+def key_uri(*parts: str) -> str:
+    """JSONata (not yet wrapped) for ``s3://<data bucket>/…``; parts are JSONata sources, joined by ``/``."""
+    return "'s3://${DataBucket}/' & " + " & '/' & ".join(parts)
+
+
+def run_uri(folder: str) -> str:
+    """JSONata source for a folder of this run."""
+    return f"'s3://${{DataBucket}}/runs/' & $run & '/{folder}'"
+
+
+def unique() -> str:
+    """JSONata source for 16 hex digits that differ on every execution, redrive, state and retry."""
+    return (
+        "$substring($hash($states.context.Execution.Id & '/' & $string($states.context.Execution.RedriveCount) & '/' & "
+        "$states.context.State.Name & '/' & $string($states.context.State.RetryCount), 'SHA-256'), 0, 16)"
+    )
+
+
+def job_name(config: StageConfig, kind: str = "") -> str:
+    """The expression for a job's name: ``<prefix>-<kind>-<16 hex digits>``, at most 32 characters without a kind."""
+    middle = f"-{kind}-" if kind else "-"
+    return ask(f"'{config.prefix}{middle}' & {unique()}")
+
+
+def tags(config: StageConfig) -> list[Json]:
+    """Tags of everything an execution makes: cost reports group by them."""
+    return [{"Key": "project", "Value": config.prefix}, {"Key": "run", "Value": ask("$run")}]
+
+
+# --- processing jobs -------------------------------------------------------------------------------------------------------
+
+
+def prepare(config: StageConfig) -> Json:
+    """PrepareData: pictures in, a content-addressed data set and ``result.json`` out."""
+    flags = {
+        "source": ask("$source"),
+        "dataset_root": "s3://${DataBucket}/datasets",
+        "result": f"{OUTPUT}/result",
+        "dataset": f"{OUTPUT}/datasets",
+        "picture_size": ask("$string($request.image_size < 64 ? $request.image_size : $round($request.image_size * 8 / 7))"),
+        "seed": "0",
+        "min_pictures_per_class": "2",
+        "max_quarantined_share": "0.2",
+        "allowed_hosts": ",".join(config.allowed_hosts) or "none",
+    }
+    outputs = {"dataset": ("datasets", "s3://${DataBucket}/datasets"), "result": ("result", ask(run_uri("prepare")))}
+    return _processing(config, "prep", "PrepareRole", "prepare.py", flags, [], outputs)
+
+
+def cache_features(config: StageConfig) -> Json:
+    """CacheFeatures: the frozen backbone's features of every picture, computed once for all trials."""
+    flags = {
+        "dataset": f"{INPUT}/dataset",
+        "pretrained_dir": f"{INPUT}/pretrained",
+        "backbone": ask("$request.backbone"),
+        "pretrained": ask("$pretrained"),
+        "image_size": ask("$string($request.image_size)"),
+        "features": f"{OUTPUT}/features",
+    }
+    fixed = [_code(), _read("dataset", ask("$dataset.dataset_uri"))]
+    optional = _read("pretrained", Raw("$pretrained_uri"))
+    inputs = ask(f"$append({jsonata(_unwrapped(fixed))}, $pretrained = 'channel' ? [{jsonata(optional)}] : [])")
+    outputs = {"features": ("features", ask(run_uri("features")))}
+    return _processing(config, "feat", "FeaturesRole", "cache_features.py", flags, inputs, outputs)
+
+
+def evaluate(config: StageConfig) -> Json:
+    """Evaluate: the test split once, against the serving champion too; writes the servable artifact."""
+    flags = {
+        "dataset": f"{INPUT}/dataset",
+        "model": f"{INPUT}/model",
+        "champion_uri": "s3://${DataBucket}/champion.json",
+        "evaluation": f"{OUTPUT}/evaluation",
+        "artifact": f"{OUTPUT}/model",
+        "dataset_hash": ask("$dataset.dataset_hash"),
+        "code_hash": "${CodeHash}",
+        "run": ask("$run"),
+    }
+    inputs = [_read("dataset", ask("$dataset.dataset_uri")), _read("model", ask("$trained_model"))]
+    outputs = {
+        "evaluation": ("evaluation", ask(run_uri("evaluation"))),
+        "model": ("model", ask("'s3://${DataBucket}/models/' & $run")),
+    }
+    return _processing(config, "eval", "EvaluateRole", "evaluate.py", flags, inputs, outputs)
+
+
+def report(config: StageConfig) -> Json:
+    """Report: rules and the profiler report, and one page on the whole run."""
+    flags = {
+        "run": ask("$run"),
+        "run_dir": f"{INPUT}/run",
+        "tuning_job": ask("$tuning_job"),
+        "training_job": ask("$training_job"),
+        "report": f"{OUTPUT}/report",
+        "rules": f"{OUTPUT}/rules",
+    }
+    folders = ("prepare", "evaluation", "debug-output", "profiler-output")
+    inputs = [_read(f"run-{folder}", ask(run_uri(f"{folder}/")), f"run/{folder}") for folder in folders]
+    outputs = {"report": ("report", ask(run_uri("report"))), "rules": ("rules", ask(run_uri("rule-output")))}
+    return _processing(config, "report", "ReportRole", "report.py", flags, inputs, outputs)
+
+
+def _processing(
+    config: StageConfig, kind: str, role: str, script: str, flags: dict[str, str], inputs: list[Json] | str, outputs: Json
+) -> Json:
+    """CreateProcessingJob for one of our scripts; ``inputs`` is a list, or one expression that yields it."""
+    machine = config.processing
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    return {
+        "ProcessingJobName": job_name(config, kind),
+        "RoleArn": f"${{{role}Arn}}",
+        "AppSpecification": {
+            "ImageUri": "${ProcessingImage}",
+            "ContainerEntrypoint": ["/bin/bash", "-c", _UNPACK_AND_RUN, script],
+            "ContainerArguments": arguments,
+        },
+        "ProcessingInputs": inputs if isinstance(inputs, str) else [_code(), *inputs],
+        "ProcessingOutputConfig": {
+            "Outputs": [
+                {
+                    "OutputName": name,
+                    "S3Output": {"S3Uri": uri, "LocalPath": f"{OUTPUT}/{folder}", "S3UploadMode": "EndOfJob"},
+                }
+                for name, (folder, uri) in outputs.items()
+            ]
+        },
+        "ProcessingResources": {
+            "ClusterConfig": {
+                "InstanceCount": 1,
+                "InstanceType": machine.instance_type,
+                "VolumeSizeInGB": machine.volume_gb,
+            }
+        },
+        "StoppingCondition": {"MaxRuntimeInSeconds": machine.max_runtime_s},
+        "Environment": {**JOB_ENVIRONMENT, "LOG_LEVEL": config.log_level},
+        "Tags": tags(config),
+    }
+
+
+def _read(name: str, uri: str, folder: str = "") -> Json:
+    """A ProcessingInput: an S3 prefix copied to ``/opt/ml/processing/input/<folder>`` before the job starts."""
+    return {
+        "InputName": name,
+        "S3Input": {
+            "S3Uri": uri,
+            "LocalPath": f"{INPUT}/{folder or name}",
+            "S3DataType": "S3Prefix",
+            "S3InputMode": "File",
+            "S3DataDistributionType": "FullyReplicated",
+            "S3CompressionType": "None",
+        },
+    }
+
+
+def _code() -> Json:
+    """The ProcessingInput with our own code."""
+    return _read("code", "${CodeUri}")
+
+
+def _unwrapped(value: Any) -> Any:
+    """The structure with its ``{% … %}`` strings as ``Raw``, to be put inside a larger expression."""
+    if isinstance(value, str) and not isinstance(value, Raw) and value.startswith("{% "):
+        return Raw(value.removeprefix("{% ").removesuffix(" %}"))
+    if isinstance(value, dict):
+        return {key: _unwrapped(item) for key, item in value.items()}
+    return [_unwrapped(item) for item in value] if isinstance(value, list) else value
+
+
+# --- training --------------------------------------------------------------------------------------------------------------
+
+
+def tuning(config: StageConfig) -> Json:
+    """CreateHyperParameterTuningJob: trials of ``hpo.py`` over learning rate and batch size, judged on the validation split."""
+    job = _training_job(config, config.tuning_jobs, "tuning")
+    definition = {
+        **job,
+        "AlgorithmSpecification": {
+            "TrainingImage": "${TuningImage}",
+            "TrainingInputMode": "File",
+            "MetricDefinitions": METRICS,
+        },
+        "StaticHyperParameters": ask(f"$merge([$static, {jsonata(_toolkit('hpo.py'))}])"),
+    }
+    limits = (
+        "$merge([{'MaxParallelTrainingJobs': $request.tuning.max_parallel_jobs}, $request.tuning.strategy = 'Grid' ? {} : "
+        "{'MaxNumberOfTrainingJobs': $request.tuning.max_jobs}])"
+    )
+    settings = {
+        "Strategy": ask("$request.tuning.strategy"),
+        "HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": OBJECTIVE["Name"]},
+        "ResourceLimits": ask(limits),
+        "ParameterRanges": ask(_ranges()),
+        # Hyperband stops trials by itself and refuses the other mechanism.
+        "TrainingJobEarlyStoppingType": ask("$request.tuning.strategy = 'Hyperband' ? 'Off' : $request.tuning.early_stopping"),
+    }
+    hyperband = {"HyperbandStrategyConfig": {"MinResource": 1, "MaxResource": Raw("$epochs")}}
+    chosen = (
+        f"$merge([{jsonata(_unwrapped(settings))}, $request.tuning.strategy = 'Hyperband' ? "
+        f"{{'StrategyConfig': {jsonata(hyperband)}}} : {{}}])"
+    )
+    return {
+        "HyperParameterTuningJobName": job_name(config),
+        "HyperParameterTuningJobConfig": ask(chosen),
+        "TrainingJobDefinition": definition,
+        "Tags": tags(config),
+    }
+
+
+def _ranges() -> str:
+    """JSONata source of ParameterRanges. Grid search knows only categories: four learning rates on a logarithmic scale."""
+    rate = "$request.tuning.learning_rate"
+    grid = f"$map([0..3], function($k) {{ $string($round({rate}[0] * $power({rate}[1] / {rate}[0], $k / 3), 6)) }})"
+    continuous = {
+        "Name": "learning_rate",
+        "MinValue": Raw(f"$string({rate}[0])"),
+        "MaxValue": Raw(f"$string({rate}[1])"),
+        "ScalingType": "Logarithmic",
+    }
+    sizes = "$append([], $map($request.tuning.batch_size, function($size) { $string($size) }))"
+    categories = f"{{'Name': 'batch_size', 'Values': {sizes}}}"
+    return (
+        f"$request.tuning.strategy = 'Grid' ? {{'CategoricalParameterRanges': [{{'Name': 'learning_rate', 'Values': {grid}}}, "
+        f"{categories}]}} : {{'ContinuousParameterRanges': [{jsonata(continuous)}], "
+        f"'CategoricalParameterRanges': [{categories}]}}"
+    )
+
+
+def training(config: StageConfig) -> Json:
+    """CreateTrainingJob: ``train_model.py`` with the best trial's hyperparameters over the static ones."""
+    request = {
+        **_training_job(config, config.training, "training"),
+        "TrainingJobName": job_name(config, "train"),
+        "AlgorithmSpecification": {
+            "TrainingImage": "${TrainingImage}",
+            "TrainingInputMode": "File",
+            "MetricDefinitions": METRICS,
+        },
+        "HyperParameters": ask(f"$merge([$static, $best, {jsonata(_toolkit('train_model.py'))}])"),
+        "CheckpointConfig": {"S3Uri": ask(run_uri("checkpoints")), "LocalPath": "/opt/ml/checkpoints"},
+        "Tags": tags(config),
+    }
+    request["Environment"] = {**request["Environment"], "RUN_OUTPUT_URI": ask("'s3://${DataBucket}/runs/' & $run")}
+    return request | (managed_debugger() if config.managed_debugger else {"ProfilerConfig": {"DisableProfiler": True}})
+
+
+def managed_debugger() -> Json:
+    """SageMaker Debugger's fields, for accounts that still have it (closed to new customers since 2026-07-30)."""
+    return {
+        "DebugHookConfig": {
+            "S3OutputPath": ask(run_uri("debug-output")),
+            "LocalPath": "/opt/ml/output/tensors",
+            "CollectionConfigurations": [{"CollectionName": "losses", "CollectionParameters": {"save_interval": "50"}}],
+        },
+        "ProfilerConfig": {
+            "S3OutputPath": ask(run_uri("profiler-output")),
+            "ProfilingIntervalInMilliseconds": 500,
+        },
+    }
+
+
+def _training_job(config: StageConfig, machine: Jobs, folder: str) -> Json:
+    """What a trial and the final training have in common."""
+    stopping = {"MaxRuntimeInSeconds": machine.max_runtime_s}
+    if machine.spot:
+        stopping["MaxWaitTimeInSeconds"] = machine.wait_s
+    return {
+        "RoleArn": "${TrainingRoleArn}",
+        "InputDataConfig": ask(_channels()),
+        "OutputDataConfig": {"S3OutputPath": ask(run_uri(folder))},
+        "ResourceConfig": {
+            "InstanceType": machine.instance_type,
+            "InstanceCount": machine.instance_count,
+            "VolumeSizeInGB": machine.volume_gb,
+        },
+        "StoppingCondition": stopping,
+        "EnableManagedSpotTraining": machine.spot,
+        "Environment": {**JOB_ENVIRONMENT, "LOG_LEVEL": config.log_level},
+    }
+
+
+def _channels() -> str:
+    """JSONata source of InputDataConfig: features only for recipe head, weights only when they come from S3."""
+    dataset = _channel("dataset", Raw("$dataset.dataset_uri"))
+    features = _channel("features", Raw(run_uri("features/")))
+    weights = _channel("pretrained", Raw("$pretrained_uri"))
+    return (
+        f"$append($append([{jsonata(dataset)}], $request.recipe = 'head' ? [{jsonata(features)}] : []), "
+        f"$pretrained = 'channel' ? [{jsonata(weights)}] : [])"
+    )
+
+
+def _channel(name: str, uri: str) -> Json:
+    """A training channel: an S3 prefix copied to ``/opt/ml/input/data/<name>``."""
+    return {
+        "ChannelName": name,
+        "DataSource": {
+            "S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"},
+        },
+        "InputMode": "File",
+    }
+
+
+def _toolkit(script: str) -> dict[str, str]:
+    """What tells the training toolkit which script of which archive to run."""
+    return {"sagemaker_program": script, "sagemaker_submit_directory": "${CodeUri}"}
+
+
+# --- serving ---------------------------------------------------------------------------------------------------------------
+
+
+def model_package(config: StageConfig) -> Json:
+    """CreateModelPackage: the tested model with its lineage, as a version in the stage's group."""
+    return {
+        "ModelPackageGroupName": config.prefix,
+        "ModelPackageDescription": ask("'Run ' & $run & ', test top1 ' & $string($round($summary.top1, 4))"),
+        "ModelApprovalStatus": "Approved",
+        "InferenceSpecification": {
+            "Containers": [{"Image": ask("$image"), "ModelDataUrl": ask("$summary.model_data_url")}],
+            "SupportedContentTypes": ["image/jpeg", "image/png", "image/webp", "application/x-image"],
+            "SupportedResponseMIMETypes": ["application/json"],
+        },
+        "ModelMetrics": {
+            "ModelQuality": {
+                "Statistics": {
+                    "ContentType": "application/json",
+                    "S3Uri": ask(run_uri("evaluation/evaluation.json")),
+                }
+            }
+        },
+        "CustomerMetadataProperties": {
+            "run": ask("$run"),
+            "top1": ask("$string($summary.top1)"),
+            "dataset_hash": ask("$dataset.dataset_hash"),
+            "code_hash": "${CodeHash}",
+            "labels_uri": ask("$summary.labels_uri"),
+            "smoke_uri": ask("$summary.smoke_uri"),
+            "training_job": ask("$training_job"),
+            "recipe": ask("$request.recipe"),
+            "backbone": ask("$request.backbone"),
+            "learning_rate": ask("$string($best.learning_rate)"),
+            "batch_size": ask("$string($best.batch_size)"),
+        },
+    }
+
+
+def model(config: StageConfig) -> Json:
+    """CreateModel: image, artifact and role, from the model package's facts."""
+    return {
+        "ModelName": job_name(config),
+        "PrimaryContainer": {"Image": ask("$champion.image"), "ModelDataUrl": ask("$champion.model_data_url")},
+        "ExecutionRoleArn": "${EndpointRoleArn}",
+        "Tags": tags(config),
+    }
+
+
+def endpoint_config(config: StageConfig) -> Json:
+    """CreateEndpointConfig: serverless, or real-time machines."""
+    endpoint = config.endpoint
+    variant: Json = {"VariantName": "main", "ModelName": ask("$model_name")}
+    if endpoint.mode == "serverless":
+        variant["ServerlessConfig"] = {"MemorySizeInMB": endpoint.memory_mb, "MaxConcurrency": endpoint.max_concurrency}
+    else:
+        variant |= {
+            "InstanceType": endpoint.instance_type,
+            "InitialInstanceCount": endpoint.min_instances,
+            "InitialVariantWeight": 1,
+        }
+    return {"EndpointConfigName": job_name(config), "ProductionVariants": [variant], "Tags": tags(config)}
+
+
+def create_endpoint(config: StageConfig) -> Json:
+    """CreateEndpoint under the stage's stable name."""
+    return {
+        "EndpointName": config.prefix,
+        "EndpointConfigName": ask("$endpoint_config"),
+        "Tags": [{"Key": "project", "Value": config.prefix}],
+    }
+
+
+def update_endpoint(config: StageConfig, expression: str = "$endpoint_config") -> Json:
+    """UpdateEndpoint to another configuration; a real-time endpoint goes back by itself when its alarm rings meanwhile."""
+    request: Json = {"EndpointName": config.prefix, "EndpointConfigName": ask(expression)}
+    if config.endpoint.mode == "realtime":
+        request["DeploymentConfig"] = {
+            "BlueGreenUpdatePolicy": {
+                "TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 120},
+                "TerminationWaitInSeconds": 60,
+                "MaximumExecutionTimeoutInSeconds": config.endpoint.deadline_s,
+            },
+            "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": f"{config.prefix}-endpoint-errors"}]},
+        }
+    return request

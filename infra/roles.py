@@ -1,0 +1,191 @@
+"""Roles: one per kind of job, one for the state machine. Each may do what its job does, on this stage's names only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aws_cdk import Aws, CfnMapping, Stack
+from aws_cdk import aws_iam as iam
+from aws_cdk import aws_s3 as s3
+from aws_cdk import aws_s3_assets as assets
+from constructs import Construct
+
+from infra import images
+from infra.config import StageConfig
+
+ROLES = ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole")
+
+READS: dict[str, tuple[str, ...]] = {
+    "PrepareRole": ("incoming/*", "datasets/*"),
+    "FeaturesRole": ("datasets/*", "incoming/*", "pretrained/*"),
+    "TrainingRole": ("datasets/*", "incoming/*", "pretrained/*", "runs/*/features/*", "runs/*/checkpoints/*"),
+    "EvaluateRole": ("datasets/*", "runs/*/training/*", "models/*", "champion.json"),
+    "ReportRole": ("runs/*",),
+}
+"""Keys of the data bucket that each kind of job reads."""
+
+WRITES: dict[str, tuple[str, ...]] = {
+    "PrepareRole": ("datasets/*", "runs/*/prepare/*"),
+    "FeaturesRole": ("runs/*/features/*",),
+    "TrainingRole": (
+        "runs/*/tuning/*",
+        "runs/*/training/*",
+        "runs/*/checkpoints/*",
+        "runs/*/debug-output/*",
+        "runs/*/profiler-output/*",
+    ),
+    "EvaluateRole": ("runs/*/evaluation/*", "models/*"),
+    "ReportRole": ("runs/*/report/*", "runs/*/rule-output/*"),
+}
+"""Keys of the data bucket that each kind of job writes."""
+
+
+def allow(
+    role: iam.Role, actions: list[str], resources: list[str], conditions: dict[str, Any] | None = None
+) -> None:
+    """Grant actions on resources."""
+    role.add_to_policy(iam.PolicyStatement(actions=actions, resources=resources, conditions=conditions))
+
+
+def service_role(scope: Construct, construct_id: str, service: str, description: str) -> iam.Role:
+    """A role that only ``service`` may assume, and only on behalf of this account (no confused deputy)."""
+    principal = iam.ServicePrincipal(service, conditions={"StringEquals": {"aws:SourceAccount": Aws.ACCOUNT_ID}})
+    return iam.Role(scope, construct_id, assumed_by=principal, description=description)
+
+
+def sagemaker_arns(prefix: str, kinds: list[str]) -> list[str]:
+    """ARNs of this stage's SageMaker resources: ``<kind>/<prefix>-*``."""
+    return [f"arn:{Aws.PARTITION}:sagemaker:{Aws.REGION}:{Aws.ACCOUNT_ID}:{kind}/{prefix}-*" for kind in kinds]
+
+
+def sagemaker_arn(resource: str) -> str:
+    """ARN of one SageMaker resource. IAM compares endpoint ARNs in lower case; our names are lower case throughout."""
+    return f"arn:{Aws.PARTITION}:sagemaker:{Aws.REGION}:{Aws.ACCOUNT_ID}:{resource}"
+
+
+def read_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> None:
+    """Read objects under keys, and list exactly those prefixes."""
+    allow(role, ["s3:GetObject"], [bucket.arn_for_objects(key) for key in keys])
+    allow(role, ["s3:ListBucket"], [bucket.bucket_arn], {"StringLike": {"s3:prefix": [_listed(key) for key in keys]}})
+
+
+def _listed(key: str) -> str:
+    """The listing pattern for a key pattern: SageMaker lists ``datasets/<hash>`` with and without a slash."""
+    return key if key.endswith("*") else f"{key}*"
+
+
+def write_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> None:
+    """Write objects under keys."""
+    allow(role, ["s3:PutObject", "s3:AbortMultipartUpload"], [bucket.arn_for_objects(key) for key in keys])
+
+
+class JobRoles(Construct):
+    """The roles that SageMaker's jobs and endpoint take."""
+
+    def __init__(
+        self, scope: Construct, construct_id: str, *, config: StageConfig, bucket: s3.IBucket, code: assets.Asset
+    ) -> None:
+        super().__init__(scope, construct_id)
+        self.roles = {name: self._job_role(name, bucket, code) for name in ROLES}
+        for source in config.source_buckets:
+            read_keys(self.roles["PrepareRole"], s3.Bucket.from_bucket_name(self, f"Source-{source}", source), ("*",))
+        allow(
+            self.roles["ReportRole"],
+            [
+                "sagemaker:DescribeTrainingJob",
+                "sagemaker:DescribeHyperParameterTuningJob",
+                "sagemaker:ListTrainingJobsForHyperParameterTuningJob",
+            ],
+            sagemaker_arns(config.prefix, ["training-job", "hyper-parameter-tuning-job"]),
+        )
+        # Checkpoints are overwritten and the oldest removed while a spot job runs.
+        allow(self.roles["TrainingRole"], ["s3:DeleteObject"], [bucket.arn_for_objects("runs/*/checkpoints/*")])
+        self.endpoint = self._sagemaker_role("EndpointRole", "Serves a model")
+        read_keys(self.endpoint, bucket, ("models/*",))
+
+    def _sagemaker_role(self, name: str, description: str) -> iam.Role:
+        """A role for SageMaker with what every container needs: logs, metrics, and a registry login."""
+        role = service_role(self, name, "sagemaker.amazonaws.com", description)
+        logs = f"arn:{Aws.PARTITION}:logs:{Aws.REGION}:{Aws.ACCOUNT_ID}:log-group:/aws/sagemaker/*"
+        allow(
+            role,
+            ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:PutLogEvents", "logs:DescribeLogStreams"],
+            [logs],
+        )
+        allow(
+            role,
+            ["cloudwatch:PutMetricData"],
+            ["*"],
+            {"StringLike": {"cloudwatch:namespace": ["/aws/sagemaker/*", "aws/sagemaker/*", "AWS/SageMaker"]}},
+        )
+        allow(role, ["ecr:GetAuthorizationToken"], ["*"])
+        return role
+
+    def _job_role(self, name: str, bucket: s3.IBucket, code: assets.Asset) -> iam.Role:
+        """A role for one kind of job: its keys, our code, AWS's container."""
+        role = self._sagemaker_role(name, f"SageMaker jobs: {name.removesuffix('Role').lower()}")
+        account = images_account(self)
+        repository = f"arn:{Aws.PARTITION}:ecr:{Aws.REGION}:{account}:repository/{images.REPOSITORY}"
+        allow(
+            role,
+            ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage"],
+            [repository],
+        )
+        read_keys(role, bucket, READS[name])
+        write_keys(role, bucket, WRITES[name])
+        read_keys(role, code.bucket, (code.s3_object_key,))
+        return role
+
+
+def images_account(scope: Construct) -> str:
+    """The account that owns AWS's training containers in the region of the deployment, looked up in the template."""
+    stack = Stack.of(scope)
+    name = "TrainingContainers"
+    table = stack.node.try_find_child(name)
+    if not isinstance(table, CfnMapping):
+        rows = {region: {"account": account} for region, account in images.ACCOUNTS.items()}
+        table = CfnMapping(stack, name, mapping=rows, lazy=True)
+    return table.find_in_map(Aws.REGION, "account")
+
+
+def training_image(scope: Construct, gpu: bool) -> str:
+    """URI of AWS's PyTorch training container."""
+    registry = f"{images_account(scope)}.dkr.ecr.{Aws.REGION}.{Aws.URL_SUFFIX}"
+    return f"{registry}/{images.REPOSITORY}:{images.tag(gpu)}"
+
+
+def grant_orchestration(role: iam.Role, *, config: StageConfig, bucket: s3.IBucket, job_roles: list[str]) -> None:
+    """What the state machine needs to start, watch and stop this stage's jobs and to change its endpoint."""
+    prefix = config.prefix
+    jobs = {"training-job": "TrainingJob", "processing-job": "ProcessingJob", "hyper-parameter-tuning-job": "HyperParameterTuningJob"}
+    for kind, call in jobs.items():
+        allow(
+            role,
+            [f"sagemaker:Create{call}", f"sagemaker:Describe{call}", f"sagemaker:Stop{call}"],
+            sagemaker_arns(prefix, [kind]),
+        )
+    _grant_serving_changes(role, prefix)
+    taggable = sagemaker_arns(prefix, [*jobs, "model", "endpoint-config"]) + [sagemaker_arn(f"endpoint/{prefix}")]
+    allow(role, ["sagemaker:AddTags", "sagemaker:ListTags"], taggable)
+    allow(role, ["iam:PassRole"], job_roles, {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}})
+    rules = [f"SageMaker{kind}Jobs" for kind in ("Training", "Tuning", "Processing")]
+    names = [f"StepFunctionsGetEventsFor{rule}Rule" for rule in rules] + ["StepFunctionsGetEventForCodeBuildStartBuildRule"]
+    allow(
+        role,
+        ["events:PutTargets", "events:PutRule", "events:DescribeRule"],
+        [f"arn:{Aws.PARTITION}:events:{Aws.REGION}:{Aws.ACCOUNT_ID}:rule/{name}" for name in names],
+    )
+    read_keys(role, bucket, ("runs/*/prepare/result.json", "runs/*/evaluation/summary.json"))
+    write_keys(role, bucket, ("champion.json",))
+
+
+def _grant_serving_changes(role: iam.Role, prefix: str) -> None:
+    """Models, configurations, packages and the endpoint of this stage."""
+    endpoint = sagemaker_arn(f"endpoint/{prefix}")
+    configs = sagemaker_arns(prefix, ["endpoint-config"])
+    packages = [sagemaker_arn(f"model-package-group/{prefix}"), sagemaker_arn(f"model-package/{prefix}/*")]
+    allow(role, ["sagemaker:CreateModel"], sagemaker_arns(prefix, ["model"]))
+    allow(role, ["sagemaker:CreateEndpointConfig"], configs)
+    allow(role, ["sagemaker:DescribeEndpoint", "sagemaker:DeleteEndpoint"], [endpoint])
+    allow(role, ["sagemaker:CreateEndpoint", "sagemaker:UpdateEndpoint"], [endpoint, *configs])
+    allow(role, ["sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage"], packages)
