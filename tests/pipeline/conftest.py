@@ -1,0 +1,118 @@
+"""One deployment and one execution of the whole state machine, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from local_cloud import run
+from local_cloud.digits import write_digits
+from local_cloud.source import Source
+
+# Fewer and shorter trials than `make run`: the chain is under test here, not the accuracy.
+OVERRIDE = {
+    "input": {
+        "hyperparameters": {"epochs": 3, "horizontal_flip": False},
+        "tuning": {"max_jobs": 3, "max_parallel_jobs": 2},
+        "quality_gate": {"min_top1": 0.7},
+    }
+}
+
+
+@dataclass
+class Deployment:
+    """A deployed stack and what a test needs to use it as a person would."""
+
+    cloud: Any
+    outputs: dict[str, str]
+    token: str
+    quiet: Console = field(default_factory=lambda: Console(quiet=True))
+
+    def post(self, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+        """POST to /predict; (status, JSON)."""
+        return self.request("predict", body, {"Content-Type": "image/png", **headers})
+
+    def request(self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        url = f"{self.outputs['ApiUrl'].rstrip('/')}/{path}"
+        asked = urllib.request.Request(url, data=body, headers=headers or {})
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                content, status = answer.read(), answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                content, status = error.read(), error.code
+        try:
+            return status, json.loads(content)
+        except ValueError:
+            return status, content.decode("utf-8", "replace")
+
+    @property
+    def authorized(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def execute(self, machine_input: dict[str, Any]) -> tuple[run.Follower, dict[str, Any]]:
+        follower, ended = run.execute(self.outputs, machine_input, self.cloud.root, self.quiet)
+        return follower, ended
+
+    def denied(self) -> list[str]:
+        """Calls that IAM has refused so far."""
+        path = self.cloud.root / "denied.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A third of the digits, as class folders."""
+    folder = write_digits(tmp_path_factory.mktemp("data") / "digits")
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        if number % 3 and "train" in path.parts:
+            path.unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deployed(cloud: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """The stack, deployed with the real CDK command line; the digits uploaded."""
+    from local_cloud import source
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", cloud.url)
+        arguments = argparse.Namespace(port=int(cloud.url.rsplit(":", 1)[1]), override=json.dumps(OVERRIDE))
+        quiet = Console(quiet=True)
+        outputs = run.deploy(arguments, "local", cloud.root, quiet)
+        packed = source._zip(digits, tmp_path_factory.mktemp("packed"))
+        run.upload(Source("local", packed, None), None, outputs["DataBucket"], quiet)
+        token = cloud.client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
+        yield Deployment(cloud, outputs, token)
+
+
+@dataclass
+class Finished:
+    """The execution that all tests look at."""
+
+    name: str
+    output: dict[str, Any]
+    states: list[str]
+    denied: list[str]
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def finished(deployed: Deployment) -> Finished:
+    """One whole execution started with ``{}``."""
+    before, started_s = deployed.denied(), time.monotonic()
+    follower, ended = deployed.execute({})
+    assert ended["status"] == "SUCCEEDED", f"{ended.get('error')}: {ended.get('cause')}"
+    denied = deployed.denied()[len(before) :]
+    states = [visit.name for visit in follower.visits]
+    return Finished(ended["name"], json.loads(ended["output"]), states, denied, time.monotonic() - started_s)
