@@ -1,0 +1,334 @@
+"""Training and processing jobs of the local SageMaker: real subprocesses, S3, logs, failures, stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_fakes import BUCKET, CALLER, IMAGE, ROLE, Client, FakeCloud, archive, moto_cloud, names, wait
+
+from local_cloud.images import Images
+from local_cloud.sagemaker import SageMaker, Settings
+from local_cloud.service import Permission, ServiceError
+
+BUSY = ("InProgress", "Stopping")
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCloud]:
+    with moto_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def sagemaker(cloud: FakeCloud) -> Iterator[SageMaker]:
+    service = SageMaker(cloud, Images(cloud), Settings(grace=1.0, sync_interval=0.2))
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def call(sagemaker: SageMaker) -> Client:
+    return Client(sagemaker)
+
+
+def training(cloud: FakeCloud, name: str, script: str, **more: Any) -> dict[str, Any]:
+    cloud.put(f"code/{name}.tar.gz", archive({"job.py": script}))
+    request: dict[str, Any] = {
+        "TrainingJobName": name,
+        "RoleArn": ROLE,
+        "AlgorithmSpecification": {
+            "TrainingImage": IMAGE,
+            "TrainingInputMode": "File",
+            "MetricDefinitions": [{"Name": "acc", "Regex": "acc=([0-9.]+)"}],
+        },
+        "HyperParameters": {
+            "sagemaker_program": "job.py",
+            "sagemaker_submit_directory": f"s3://{BUCKET}/code/{name}.tar.gz",
+            "lr": "0.1",
+        },
+        "OutputDataConfig": {"S3OutputPath": f"s3://{BUCKET}/out/"},
+        "ResourceConfig": {"InstanceType": "ml.m5.large", "InstanceCount": 1, "VolumeSizeInGB": 5},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 60},
+    }
+    return {**request, **more}
+
+
+TRAIN = """
+import argparse, json, os, pathlib
+parser = argparse.ArgumentParser(); parser.add_argument("--lr", type=float); lr = parser.parse_args().lr
+files = sorted(p.name for p in pathlib.Path(os.environ["SM_CHANNEL_DATASET"]).rglob("*") if p.is_file())
+print("acc=0.5"); print("acc=0.75")
+secret = sorted(key for key in os.environ if key.startswith("AWS_"))
+model = pathlib.Path(os.environ["SM_MODEL_DIR"]); (model / "code").mkdir()
+(model / "code" / "x.py").write_text("x")
+(model / "model.json").write_text(json.dumps({"lr": lr, "files": files, "env": secret, "own": os.environ["OWN"],
+    "job": os.environ["TRAINING_JOB_NAME"], "inherited": os.environ.get("NOT_FOR_JOBS")}))
+pathlib.Path(os.environ["SM_OUTPUT_DATA_DIR"], "note.txt").write_text("n")
+here = pathlib.Path(os.environ["SAGEMAKER_BASE_DIR"]) / "checkpoints"
+old = (here / "last").read_text() if (here / "last").exists() else "none"
+(here / "last").write_text("old:" + old)
+"""
+
+
+def test_a_training_job_reads_and_writes_s3_and_reports_metrics(
+    cloud: FakeCloud, call: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOT_FOR_JOBS", "secret")
+    cloud.put("ds/abc/a.txt", "a")
+    cloud.put("ds/abc/deep/b.txt", "b")
+    cloud.put("ds/abcd/other.txt", "x")
+    cloud.put("ckpt/last", "before")
+    channel = {
+        "ChannelName": "dataset",
+        "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": f"s3://{BUCKET}/ds/abc/"}},
+    }
+    request = training(
+        cloud,
+        "good",
+        TRAIN,
+        InputDataConfig=[channel],
+        CheckpointConfig={"S3Uri": f"s3://{BUCKET}/ckpt"},
+        Environment={"OWN": "/opt/ml/model:/opt/mlx"},
+        Tags=[{"Key": "run", "Value": "1"}],
+    )
+    assert call("CreateTrainingJob", **request)["TrainingJobArn"] == "arn:aws:sagemaker:us-east-1:123456789012:training-job/good"
+    with pytest.raises(ServiceError) as clash:
+        call("CreateTrainingJob", **request)
+    assert clash.value.code == "ResourceInUse"
+
+    end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="good"), "TrainingJobStatus", BUSY)
+
+    assert end["TrainingJobStatus"] == "Completed", end.get("FailureReason")
+    assert [item["Status"] for item in end["SecondaryStatusTransitions"]] == [
+        "Starting",
+        "Downloading",
+        "Training",
+        "Uploading",
+        "Completed",
+    ]
+    assert [(item["MetricName"], item["Value"]) for item in end["FinalMetricDataList"]] == [("acc", 0.75)]
+    assert end["ModelArtifacts"]["S3ModelArtifacts"] == f"s3://{BUCKET}/out/good/output/model.tar.gz"
+    packed = cloud.get("out/good/output/model.tar.gz")
+    assert names(packed) == ["code/x.py", "model.json"]
+    assert names(cloud.get("out/good/output/output.tar.gz")) == ["note.txt"]
+    assert cloud.get("ckpt/last") == b"old:before"
+    import io
+    import tarfile
+
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        seen = json.load(tar.extractfile("model.json"))
+    assert seen["files"] == ["a.txt", "b.txt"]
+    assert seen["lr"] == 0.1
+    assert seen["job"] == "good"
+    assert seen["inherited"] is None
+    assert seen["own"].endswith("/opt/ml/model:/opt/mlx")
+    assert seen["own"].startswith(str(cloud.root))
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"} <= set(seen["env"])
+    assert call("ListTags", ResourceArn=end["TrainingJobArn"])["Tags"] == [{"Key": "run", "Value": "1"}]
+    assert "acc=0.75" in (cloud.root / "logs" / "training" / "good.log").read_text()
+    assert not (cloud.root / "jobs" / "training" / "good").exists()
+    logs = cloud.client("logs")
+    stream = logs.describe_log_streams(logGroupName="/aws/sagemaker/TrainingJobs", logStreamNamePrefix="good/algo-1-")[
+        "logStreams"
+    ][0]
+    events = logs.get_log_events(logGroupName="/aws/sagemaker/TrainingJobs", logStreamName=stream["logStreamName"])["events"]
+    logs.close()
+    assert "acc=0.75" in [event["message"] for event in events]
+    listed = call("ListTrainingJobs", NameContains="good", StatusEquals="Completed")["TrainingJobSummaries"]
+    assert [item["TrainingJobName"] for item in listed] == ["good"]
+    assert call("DescribeTrainingJob", TrainingJobName="good")["HyperParameters"]["lr"] == "0.1"
+
+
+def test_a_failing_script_gives_the_reason_and_the_exit_code(cloud: FakeCloud, call: Client) -> None:
+    script = "import os, sys; open(os.environ['SAGEMAKER_BASE_DIR'] + '/output/failure', 'w').write('no pictures'); sys.exit(3)"
+    request = training(cloud, "bad", script)
+    request["AlgorithmSpecification"] |= {"ContainerEntrypoint": ["python", "-c"], "ContainerArguments": [script]}
+    call("CreateTrainingJob", **request)
+    end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="bad"), "TrainingJobStatus", BUSY)
+    assert (end["TrainingJobStatus"], end["FailureReason"]) == ("Failed", "AlgorithmError: no pictures, exit code: 3")
+    with pytest.raises(ServiceError, match="in status Failed"):
+        call("StopTrainingJob", TrainingJobName="bad")
+
+
+def test_a_missing_prefix_fails_the_job_in_awss_words(cloud: FakeCloud, call: Client) -> None:
+    channel = {
+        "ChannelName": "dataset",
+        "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": f"s3://{BUCKET}/nothing/"}},
+    }
+    call("CreateTrainingJob", **training(cloud, "empty", "", InputDataConfig=[channel]))
+    end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="empty"), "TrainingJobStatus", BUSY)
+    assert end["FailureReason"].startswith("ClientError: Data download failed:Failed to download data. No S3 objects found")
+
+
+SLOW = "import subprocess, time, sys; p = subprocess.Popen(['sleep', '300']); print('child', p.pid, flush=True); time.sleep(300)"
+
+
+def child_of(cloud: FakeCloud, kind: str, name: str) -> int:
+    log = cloud.root / "logs" / kind / f"{name}.log"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for line in log.read_text().splitlines() if log.exists() else []:
+            if line.startswith("child "):
+                return int(line.split()[1])
+        time.sleep(0.05)
+    raise AssertionError("the job did not start")
+
+
+def gone(pid: int) -> bool:
+    for _ in range(60):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        stat = Path(f"/proc/{pid}/stat")
+        if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def slow(cloud: FakeCloud, name: str, **more: Any) -> dict[str, Any]:
+    request = training(cloud, name, "", **more)
+    request["AlgorithmSpecification"] |= {"ContainerEntrypoint": ["python", "-c"], "ContainerArguments": [SLOW]}
+    return request
+
+
+def test_stopping_ends_the_whole_process_tree(cloud: FakeCloud, call: Client) -> None:
+    call("CreateTrainingJob", **slow(cloud, "halt"))
+    pid = child_of(cloud, "training", "halt")
+    call("StopTrainingJob", TrainingJobName="halt")
+    assert call("DescribeTrainingJob", TrainingJobName="halt")["TrainingJobStatus"] in ("Stopping", "Stopped")
+    end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="halt"), "TrainingJobStatus", BUSY)
+    assert (end["TrainingJobStatus"], end["SecondaryStatus"]) == ("Stopped", "Stopped")
+    assert gone(pid)
+
+
+def test_max_runtime_stops_the_job(cloud: FakeCloud, call: Client) -> None:
+    call("CreateTrainingJob", **slow(cloud, "late", StoppingCondition={"MaxRuntimeInSeconds": 1}))
+    end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="late"), "TrainingJobStatus", BUSY)
+    assert (end["TrainingJobStatus"], end["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
+
+
+def test_nothing_outlives_the_cloud(cloud: FakeCloud) -> None:
+    service = SageMaker(cloud, Images(cloud), Settings(grace=60))
+    service.call("CreateTrainingJob", slow(cloud, "orphan"), CALLER)
+    pid = child_of(cloud, "training", "orphan")
+    service.stop()
+    assert gone(pid)
+
+
+PROCESS = """
+import json, os, sys
+source, target = sys.argv[1:3]
+open(target + "/copy.txt", "w").write(open(source + "/one.txt").read() + os.environ["WHERE"])
+os.makedirs(target + "/deep"); open(target + "/deep/x", "w").write("x")
+base = os.environ["SAGEMAKER_BASE_DIR"]
+open(base + "/output/message", "w").write("all well")
+assert json.load(open(base + "/config/resourceconfig.json"))["hosts"] == ["localhost"]
+assert json.load(open(base + "/config/processingjobconfig.json"))["ProcessingInputs"][0]["S3Input"]["LocalPath"] == source
+"""
+
+
+def processing(name: str, code: str, **more: Any) -> dict[str, Any]:
+    source = {
+        "S3Uri": f"s3://{BUCKET}/in/one.txt",
+        "LocalPath": "/opt/ml/processing/input/data",
+        "S3DataType": "S3Prefix",
+        "S3InputMode": "File",
+    }
+    target = {
+        "S3Uri": f"s3://{BUCKET}/processed/{name}",
+        "LocalPath": "/opt/ml/processing/output/result",
+        "S3UploadMode": "EndOfJob",
+    }
+    return {
+        "ProcessingJobName": name,
+        "RoleArn": ROLE,
+        "ProcessingInputs": [{"InputName": "data", "S3Input": source}],
+        "ProcessingOutputConfig": {"Outputs": [{"OutputName": "result", "S3Output": target}]},
+        "ProcessingResources": {"ClusterConfig": {"InstanceCount": 1, "InstanceType": "ml.m5.large", "VolumeSizeInGB": 5}},
+        "AppSpecification": {
+            "ImageUri": IMAGE,
+            "ContainerEntrypoint": ["/bin/bash", "-c", 'cd /opt/ml/processing/input/data && exec python -c "$0" "$@"', code],
+            "ContainerArguments": ["/opt/ml/processing/input/data", "/opt/ml/processing/output/result"],
+        },
+        "Environment": {"WHERE": "/opt/ml/processing"},
+        **more,
+    }
+
+
+def test_a_processing_job_maps_its_folders_and_uploads_at_its_end(cloud: FakeCloud, call: Client) -> None:
+    cloud.put("in/one.txt", "1")
+    call("CreateProcessingJob", **processing("proc", PROCESS))
+    end = wait(lambda: call("DescribeProcessingJob", ProcessingJobName="proc"), "ProcessingJobStatus", BUSY)
+    assert end["ProcessingJobStatus"] == "Completed", (cloud.root / "logs/processing/proc.log").read_text()
+    assert end["ExitMessage"] == "all well"
+    assert cloud.keys("processed/proc") == ["processed/proc/copy.txt", "processed/proc/deep/x"]
+    assert cloud.get("processed/proc/copy.txt").decode() == f"1{cloud.root}/jobs/processing/proc/opt/ml/processing"
+    assert call("ListProcessingJobs")["ProcessingJobSummaries"][0]["ProcessingJobName"] == "proc"
+
+
+def test_a_failing_processing_job_and_a_missing_one(cloud: FakeCloud, call: Client) -> None:
+    cloud.put("in/one.txt", "1")
+    call("CreateProcessingJob", **processing("broken", "raise SystemExit(5)"))
+    end = wait(lambda: call("DescribeProcessingJob", ProcessingJobName="broken"), "ProcessingJobStatus", BUSY)
+    assert end["ProcessingJobStatus"] == "Failed"
+    assert end["FailureReason"].endswith("exit code: 5")
+    with pytest.raises(ServiceError, match="Could not find requested job"):
+        call("DescribeProcessingJob", ProcessingJobName="nowhere")
+
+
+def test_continuous_outputs_arrive_while_the_job_runs(cloud: FakeCloud, call: Client) -> None:
+    cloud.put("in/one.txt", "1")
+    code = "import sys, time; open(sys.argv[2] + '/now', 'w').write('x'); time.sleep(60)"
+    request = processing("stream", code)
+    request["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3UploadMode"] = "Continuous"
+    call("CreateProcessingJob", **request)
+    deadline = time.monotonic() + 20
+    while not cloud.keys("processed/stream") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cloud.keys("processed/stream") == ["processed/stream/now"]
+    call("StopProcessingJob", ProcessingJobName="stream")
+    end = wait(lambda: call("DescribeProcessingJob", ProcessingJobName="stream"), "ProcessingJobStatus", BUSY)
+    assert end["ProcessingJobStatus"] == "Stopped"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"VpcConfig": {"SecurityGroupIds": ["sg-1"], "Subnets": ["s-1"]}}, "VpcConfig"),
+        ({"ResourceConfig": {"InstanceCount": 2}}, "ResourceConfig.InstanceCount=2"),
+        ({"DebugHookConfig": {"S3OutputPath": "s3://b/x"}}, "DebugHookConfig"),
+        ({"EnableNetworkIsolation": True}, "EnableNetworkIsolation=True"),
+        ({"NewField": 1}, "NewField"),
+        ({"AlgorithmSpecification": {"TrainingImage": "docker.io/x:1", "TrainingInputMode": "File"}}, "docker.io/x:1"),
+        ({"AlgorithmSpecification": {"TrainingImage": IMAGE, "TrainingInputMode": "Pipe"}}, "TrainingInputMode='Pipe'"),
+        ({"RoleArn": "arn:aws:iam::123456789012:role/nobody"}, "Could not assume role"),
+        ({"CheckpointConfig": {"S3Uri": "s3://b/x", "LocalPath": "/tmp/x"}}, "CheckpointConfig.LocalPath"),
+    ],
+)
+def test_what_is_not_emulated_is_refused_by_name(cloud: FakeCloud, call: Client, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ServiceError) as refusal:
+        call("CreateTrainingJob", **training(cloud, "refused", "", **change))
+    assert refusal.value.code == "ValidationException"
+    assert named in refusal.value.message
+
+
+def test_permissions_name_resources_roles_and_tags(sagemaker: SageMaker) -> None:
+    request = {"TrainingJobName": "Job", "RoleArn": ROLE, "Tags": [{"Key": "a", "Value": "b"}]}
+    job = "arn:aws:sagemaker:us-east-1:123456789012:training-job/job"
+    context = {"aws:TagKeys": ["a"], "aws:RequestTag/a": "b"}
+    assert sagemaker.permissions("CreateTrainingJob", request) == [
+        Permission("sagemaker:CreateTrainingJob", job, context),
+        Permission("sagemaker:AddTags", job, context),
+        Permission("iam:PassRole", ROLE, {"iam:PassedToService": "sagemaker.amazonaws.com"}),
+    ]
+    endpoint = sagemaker.permissions("CreateEndpoint", {"EndpointName": "E", "EndpointConfigName": "C"})
+    assert [item.resource.rsplit(":", 1)[1] for item in endpoint] == ["endpoint/e", "endpoint-config/c"]
+    assert sagemaker.permissions("ListEndpoints", {}) == [Permission("sagemaker:ListEndpoints", "*")]
