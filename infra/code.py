@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import hashlib
 import io
@@ -59,6 +60,15 @@ def model_code_archive() -> tuple[Path, str]:
     target = folder / "sourcedir.tar.gz"
     target.write_bytes(pack(files, MODEL_CODE))
     return target, code_hash
+
+
+def hyperparameters() -> list[str]:
+    """Names of the training code's hyperparameters, read from its source: the check of the input cannot fall behind it."""
+    path = MODEL_CODE / "classifier" / "config.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingConfig":
+            return [item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+    raise ConfigError(f"{path} defines no class TrainingConfig; expected the training code's configuration there.")
 
 
 def copied_by(dockerfile: Path) -> list[Path]:

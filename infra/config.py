@@ -81,8 +81,8 @@ class MachineInput(Section):
 
     @model_validator(mode="after")
     def _weights_fit_recipe(self) -> Self:
-        if self.recipe == "head" and self.pretrained == "none":
-            raise ValueError("recipe is head with pretrained none: a frozen backbone needs weights; choose recipe scratch")
+        if self.recipe != "scratch" and self.pretrained == "none":
+            raise ValueError(f"recipe is {self.recipe} with pretrained none; expected weights, or recipe scratch")
         return self
 
 

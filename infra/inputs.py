@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+from infra import code
 from infra.config import RECIPES, STRATEGIES, MachineInput, QualityGate, StageConfig, Tuning
 
 FIELDS = tuple(MachineInput.model_fields)
@@ -83,6 +84,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 def _top_level(config: StageConfig) -> list[str]:
     """The fields outside the groups."""
     name = "function($value) { $type($value) in ['string', 'number', 'boolean'] }"
+    known = [field for field in code.hyperparameters() if field not in RESERVED_HYPERPARAMETERS]
     return [
         _one_of("action", "$i.action", ("train", "deploy")),
         _bad("source", "$i.source", _source(config), _source_expectation(config)),
@@ -92,8 +94,8 @@ def _top_level(config: StageConfig) -> list[str]:
         _bad(
             "pretrained",
             "$i.pretrained",
-            "$i.recipe = 'head' ? $i.pretrained != 'none' : true",
-            "weights, because recipe head trains on a frozen backbone; or choose recipe scratch",
+            "$i.recipe in ['head', 'finetune'] ? $i.pretrained != 'none' : true",
+            "weights, because the recipe starts from a trained backbone; or choose recipe scratch",
         ),
         _bad("image_size", "$i.image_size", "$whole($i.image_size, 16, 1024)", "an integer from 16 to 1024"),
         _bad(
@@ -105,9 +107,8 @@ def _top_level(config: StageConfig) -> list[str]:
         _bad(
             "hyperparameters",
             "$i.hyperparameters",
-            f"$count($filter($names($i.hyperparameters), function($name) {{ $name in {json.dumps(RESERVED_HYPERPARAMETERS)} "
-            "or $contains($name, /^(_|sagemaker)/) })) = 0",
-            "names other than " + ", ".join(RESERVED_HYPERPARAMETERS) + " (fields of their own, or searched by tuning)",
+            f"$count($filter($names($i.hyperparameters), function($name) {{ $not($name in {json.dumps(known)}) }})) = 0",
+            f"only names among {', '.join(known)}",
         ),
         _bad(
             "hyperparameters",

@@ -194,7 +194,8 @@ def _evaluation_states(config: StageConfig) -> Json:
     """The test split, the report, and the decision. The report comes first: a refused model is worth reading about."""
     processing = config.processing
     read = _read_json("ReadEvaluation", "evaluation/summary.json", "summary", "Report")
-    read["Assign"]["champion_top1"] = ask("$parse($states.result.Body).champion_top1")
+    top1 = "$parse($states.result.Body).champion_top1"
+    read["Assign"]["champion_top1"] = ask(f"$type({top1}) = 'number' ? {top1} : null")
     good_enough = (
         "$summary.top1 >= $request.quality_gate.min_top1 and ($type($summary.champion_top1) = 'number' ? "
         "$summary.top1 + 0.000000001 >= $summary.champion_top1 - $request.quality_gate.max_drop : true)"
@@ -448,10 +449,9 @@ def _result(config: StageConfig) -> Json:
         "model_package": ask("$champion.model_package"),
         "model_data_url": ask("$champion.model_data_url"),
         "test_top1": ask("$champion.top1"),
-        "champion_top1": ask("$champion_top1"),
-        "training_job": ask("$training_job"),
-        "tuning_job": ask("$tuning_job"),
-        "best_hyperparameters": ask("$best"),
+        # With action deploy nothing was trained: these are null.
+        **{name: ask(f"$exists(${name}) ? ${name} : null") for name in ("champion_top1", "training_job", "tuning_job")},
+        "best_hyperparameters": ask("$exists($best) ? $best : null"),
         "dataset_hash": ask("$champion.dataset_hash"),
     }
 
@@ -558,11 +558,15 @@ def _failure_states() -> Json:
 
 
 def _explanation() -> str:
-    """JSONata source: which state failed, why, and what to do. A job's FailureReason is dug out of its description."""
+    """JSONata source: which state failed, why, and what to do. A job's FailureReason is dug out of its description.
+
+    JSONata's regular expressions have no flag for a dot that matches line ends: the form is tested by first and last letter.
+    """
     return (
-        "($c := $failure.cause; "
-        "$why := $contains($c, /^[{].*FailureReason.*[}]$/s) ? $parse($c).FailureReason : "
-        "$contains($c, /^[{].*errorMessage.*[}]$/s) ? $parse($c).errorMessage : $c; "
+        "($c := $failure.cause; $inside := function($name) "
+        "{ $substring($c, 0, 1) = '{' ? ($substring($c, -1) = '}' ? $contains($c, $name) : false) : false }; "
+        "$why := $inside('FailureReason') ? $parse($c).FailureReason : "
+        "$inside('errorMessage') ? $parse($c).errorMessage : $c; "
         f"$advice := $lookup({json.dumps(ADVICE)}, $failure.state); "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & ' ' & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "

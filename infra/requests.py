@@ -76,7 +76,7 @@ def unique() -> str:
     """JSONata source for 16 hex digits that differ on every execution, redrive, state and retry."""
     return (
         "$substring($hash($states.context.Execution.Id & '/' & $string($states.context.Execution.RedriveCount) & '/' & "
-        "$states.context.State.Name & '/' & $string($states.context.State.RetryCount), 'SHA-256'), 0, 16)"
+        "$states.context.State.Name & '/' & $string($states.context.State.RetryCount) & '/' & $string($attempt), 'SHA-256'), 0, 16)"
     )
 
 

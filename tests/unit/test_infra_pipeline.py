@@ -1,0 +1,597 @@
+"""The state machine as data: its expressions evaluated, its paths walked, its requests held against AWS's own models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+from botocore.validate import ParamValidator
+
+from infra.config import StageConfig, load, merged
+from infra.pipeline import definition
+from local_cloud.interpreter import QueryError, evaluate_jsonata
+
+ROOT_CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
+BUCKET = "data-bucket"
+VALUES = {
+    "DataBucket": BUCKET,
+    "CodeUri": "s3://assets/abc.tar.gz",
+    "CodeHash": "c0de",
+    "ProcessingImage": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cpu-amzn2023-sagemaker",
+    "TuningImage": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cpu-amzn2023-sagemaker",
+    "TrainingImage": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cpu-amzn2023-sagemaker",
+    "ServerImage": "000000000000.dkr.ecr.us-east-1.amazonaws.com/dogs-dev-server:tag",
+    "ServerRepository": "dogs-dev-server",
+    "ServerTag": "tag",
+    "ServerProject": "dogs-dev-server",
+    "TopicArn": "arn:aws:sns:us-east-1:000000000000:topic",
+    "ApiUrl": "https://api.example/dev",
+    "SmokeTestFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:smoke",
+    "CleanUpFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:clean",
+    **{
+        f"{name}Arn": f"arn:aws:iam::000000000000:role/{name}"
+        for name in ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole", "EndpointRole")
+    },
+}
+
+
+class Node:
+    """A stand-in for a construct node with cdk.json's context."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = merged(ROOT_CONTEXT, values)
+
+    def try_get_context(self, key: str) -> Any:
+        return self.values.get(key)
+
+
+class TaskError(Exception):
+    """A service's error, as Step Functions names it."""
+
+    def __init__(self, error: str, cause: str) -> None:
+        super().__init__(error)
+        self.error, self.cause = error, cause
+
+
+class Walk:
+    """A small interpreter of the subset of the language that the definition uses; tasks are answered by ``answers``."""
+
+    def __init__(self, config: StageConfig, answers: Callable[[str, dict[str, Any]], Any]) -> None:
+        text = json.dumps(definition(config))
+        for name, value in VALUES.items():
+            text = text.replace(f"${{{name}}}", value)
+        assert "${" not in text, "a substitution without a value"
+        self.machine = json.loads(text)
+        self.answers = answers
+        self.variables: dict[str, Any] = {}
+        self.visited: list[str] = []
+        self.requests: dict[str, Any] = {}
+
+    def run(self, given: Any) -> tuple[str, Any]:
+        """Runs to the end; returns the last state's name and its output, or (name, {"Error", "Cause"}) of a Fail."""
+        name, data = self.machine["StartAt"], given
+        for _ in range(500):
+            self.visited.append(name)
+            state = self.machine["States"][name]
+            self.states = {"input": data, "context": self._context(name)}
+            if state["Type"] == "Succeed":
+                return name, self._value(state["Output"])
+            if state["Type"] == "Fail":
+                return name, {key: self._value(state[key]) for key in ("Error", "Cause")}
+            name = getattr(self, f"_{state['Type'].lower()}")(name, state)
+        raise AssertionError(f"no end after 500 states: {self.visited[-10:]}")
+
+    def _context(self, name: str) -> dict[str, Any]:
+        return {
+            "Execution": {"Id": "arn:aws:states:us-east-1:000000000000:execution:dogs-dev:run-1", "Name": "run-1"},
+            "State": {"Name": name, "RetryCount": 0},
+        }
+
+    def _value(self, template: Any) -> Any:
+        if isinstance(template, dict):
+            return {key: self._value(item) for key, item in template.items()}
+        if isinstance(template, list):
+            return [self._value(item) for item in template]
+        if isinstance(template, str) and template.startswith("{%"):
+            assert template.endswith("%}")
+            return evaluate_jsonata(template[2:-2].strip(), {"states": self.states, **self.variables})
+        return template
+
+    def _assign(self, holder: dict[str, Any]) -> None:
+        self.variables |= self._value(holder.get("Assign", {}))
+
+    def _pass(self, name: str, state: dict[str, Any]) -> str:
+        self._assign(state)
+        return str(state["Next"])
+
+    def _wait(self, name: str, state: dict[str, Any]) -> str:
+        return str(state["Next"])
+
+    def _choice(self, name: str, state: dict[str, Any]) -> str:
+        for choice in state["Choices"]:
+            answer = self._value(choice["Condition"])
+            assert isinstance(answer, bool), (name, choice, answer)
+            if answer:
+                self._assign(choice)
+                return str(choice["Next"])
+        return str(state["Default"])
+
+    def _task(self, name: str, state: dict[str, Any]) -> str:
+        try:
+            self.requests[name] = self._value(state["Arguments"])
+            self.states["result"] = self.answers(name, self.requests[name])
+            self._assign(state)
+        except (TaskError, QueryError) as raised:
+            error = raised if isinstance(raised, TaskError) else TaskError("States.QueryEvaluationError", str(raised))
+            self.states["errorOutput"] = {"Error": error.error, "Cause": error.cause}
+            for catch in state["Catch"]:
+                if error.error in catch["ErrorEquals"] or "States.ALL" in catch["ErrorEquals"]:
+                    self._assign(catch)
+                    return str(catch["Next"])
+            raise
+        return str(state["Next"])
+
+
+class Account:
+    """Answers as AWS gives them when everything works; ``faults`` maps a state to what it raises or answers instead."""
+
+    def __init__(self, **faults: Any) -> None:
+        self.faults = faults
+        self.endpoint: dict[str, Any] | None = None
+        self.image_built = False
+        self.summary = {
+            "top1": 0.97,
+            "top5": 1.0,
+            "num_pictures": 100,
+            "champion_top1": None,
+            "num_classes": 10,
+            "labels_uri": f"s3://{BUCKET}/runs/run-1/evaluation/labels.json",
+            "model_data_url": f"s3://{BUCKET}/models/run-1/model.tar.gz",
+            "smoke_uri": f"s3://{BUCKET}/runs/run-1/evaluation/smoke/",
+        }
+
+    def __call__(self, name: str, request: dict[str, Any]) -> Any:
+        fault = self.faults.get(name)
+        if isinstance(fault, list):
+            fault = fault.pop(0) if fault else None
+        if isinstance(fault, Exception):
+            raise fault
+        if fault is not None:
+            return fault
+        return getattr(self, f"on_{name}", lambda _: {})(request)
+
+    def on_ReadPrepared(self, request: dict[str, Any]) -> Any:
+        result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_classes": 10}
+        return {"Body": json.dumps(result)}
+
+    def on_ReadEvaluation(self, request: dict[str, Any]) -> Any:
+        return {"Body": json.dumps(self.summary)}
+
+    def on_Tune(self, request: dict[str, Any]) -> Any:
+        best = {"learning_rate": "0.0421", "batch_size": "128", "_tuning_objective_metric": "valid:best_top1"}
+        return {
+            "HyperParameterTuningJobName": request["HyperParameterTuningJobName"],
+            "BestTrainingJob": {"TunedHyperParameters": best},
+        }
+
+    def on_Train(self, request: dict[str, Any]) -> Any:
+        artifact = f"s3://{BUCKET}/runs/run-1/training/{request['TrainingJobName']}/output/model.tar.gz"
+        return {"TrainingJobName": request["TrainingJobName"], "ModelArtifacts": {"S3ModelArtifacts": artifact}}
+
+    def on_FindServerImage(self, request: dict[str, Any]) -> Any:
+        if not self.image_built:
+            raise TaskError("Ecr.ImageNotFoundException", "no such tag")
+        return {}
+
+    def on_Register(self, request: dict[str, Any]) -> Any:
+        return {"ModelPackageArn": "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/1"}
+
+    def on_CreateModel(self, request: dict[str, Any]) -> Any:
+        return {"ModelArn": f"arn:aws:sagemaker:us-east-1:000000000000:model/{request['ModelName']}"}
+
+    def on_CreateEndpointConfig(self, request: dict[str, Any]) -> Any:
+        name = request["EndpointConfigName"]
+        return {"EndpointConfigArn": f"arn:aws:sagemaker:us-east-1:000000000000:endpoint-config/{name}"}
+
+    def on_FindEndpoint(self, request: dict[str, Any]) -> Any:
+        if self.endpoint is None:
+            raise TaskError("SageMaker.SageMakerException", 'Could not find endpoint "arn:…". (Service: SageMaker)')
+        return self.endpoint
+
+    on_CheckEndpoint = on_CheckRestore = on_FindEndpoint
+
+    def on_CreateEndpoint(self, request: dict[str, Any]) -> Any:
+        self.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": request["EndpointConfigName"]}
+        return {}
+
+    on_UpdateEndpoint = on_RestorePrevious = on_CreateEndpoint
+
+    def on_DeleteFailedEndpoint(self, request: dict[str, Any]) -> Any:
+        self.endpoint = None
+        return {}
+
+    on_RemoveEndpoint = on_DeleteFailedEndpoint
+
+
+def config(stage: str = "dev", **override: Any) -> StageConfig:
+    return load(Node(stage=stage, override=json.dumps(override)))
+
+
+def walk(given: Any, *, stage: str = "dev", account: Account | None = None, **override: Any) -> tuple[Walk, str, Any]:
+    machine = Walk(config(stage, **override), account or Account())
+    name, output = machine.run(given)
+    return machine, name, output
+
+
+# --- a run that works ------------------------------------------------------------------------------------------------------
+
+
+def test_run_visits_every_state_of_the_design_in_order():
+    machine, last, output = walk({})
+    named = [
+        *("ReadInput", "PrepareData", "ReadPrepared", "ChooseFeatures", "CacheFeatures", "Tune", "Train", "Evaluate"),
+        *("ReadEvaluation", "Report", "QualityGate", "BuildServer", "Register", "Deploy", "SmokeTest", "WriteChampion"),
+        *("Publish", "Done"),
+    ]
+    assert [name for name in machine.visited if name in named] == named
+    assert last == "Done"
+    assert output["test_top1"] == 0.97
+    assert output["champion_top1"] is None
+    assert output["best_hyperparameters"] == {"learning_rate": "0.0421", "batch_size": "128"}
+    assert output["model_package"].endswith("/dogs-dev/1")
+    assert output["report_uri"] == f"s3://{BUCKET}/runs/run-1/report/report.html"
+    assert set(output) == {
+        *("run", "api_url", "endpoint", "report_uri", "model_package", "model_data_url", "test_top1", "champion_top1"),
+        *("training_job", "tuning_job", "best_hyperparameters", "dataset_hash"),
+    }
+
+
+def test_features_are_skipped_unless_the_backbone_is_frozen():
+    machine, last, _ = walk({}, stage="local")
+    assert last == "Done"
+    assert "CacheFeatures" not in machine.visited
+    channels = [channel["ChannelName"] for channel in machine.requests["Train"]["InputDataConfig"]]
+    assert channels == ["dataset"]
+
+
+def test_weights_from_the_bucket_become_a_channel():
+    machine, last, _ = walk({"pretrained": "pretrained/mobilenet_v2.pth"})
+    assert last == "Done"
+    channels = {channel["ChannelName"]: channel for channel in machine.requests["Tune"]["TrainingJobDefinition"]["InputDataConfig"]}
+    assert set(channels) == {"dataset", "features", "pretrained"}
+    assert channels["pretrained"]["DataSource"]["S3DataSource"]["S3Uri"] == f"s3://{BUCKET}/pretrained/mobilenet_v2.pth"
+    assert machine.requests["Train"]["HyperParameters"]["pretrained"] == "channel"
+    names = [item["InputName"] for item in machine.requests["CacheFeatures"]["ProcessingInputs"]]
+    assert names == ["code", "dataset", "pretrained"]
+
+
+def test_training_uses_the_best_trial_over_the_static_values():
+    machine, _, _ = walk({"hyperparameters": {"epochs": 7, "horizontal_flip": False}})
+    values = machine.requests["Train"]["HyperParameters"]
+    assert values["learning_rate"] == "0.0421"
+    assert values["batch_size"] == "128"
+    assert values["epochs"] == "7"
+    assert values["horizontal_flip"] == "false"
+    assert values["sagemaker_program"] == "train_model.py"
+    assert "_tuning_objective_metric" not in values
+    assert all(isinstance(value, str) for value in values.values())
+    trial = machine.requests["Tune"]["TrainingJobDefinition"]["StaticHyperParameters"]
+    assert trial["sagemaker_program"] == "hpo.py"
+    assert not {"learning_rate", "batch_size"} & set(trial)
+
+
+def test_tuning_asks_for_the_promised_ranges():
+    machine, _, _ = walk({})
+    search = machine.requests["Tune"]["HyperParameterTuningJobConfig"]
+    rate = search["ParameterRanges"]["ContinuousParameterRanges"][0]
+    assert (rate["MinValue"], rate["MaxValue"], rate["ScalingType"]) == ("0.01", "0.1", "Logarithmic")
+    assert search["ParameterRanges"]["CategoricalParameterRanges"] == [{"Name": "batch_size", "Values": ["64", "128", "256"]}]
+
+
+def test_an_existing_image_is_not_built_again():
+    account = Account()
+    account.image_built = True
+    machine, last, _ = walk({}, account=account)
+    assert last == "Done"
+    assert "BuildServer" not in machine.visited
+
+
+def test_names_fit_their_limits_and_differ_between_retries():
+    machine, _, _ = walk({})
+    names = {
+        32: machine.requests["Tune"]["HyperParameterTuningJobName"],
+        63: machine.requests["PrepareData"]["ProcessingJobName"],
+    }
+    for limit, name in names.items():
+        assert len(name) <= limit
+        assert name.startswith("dogs-dev-")
+    expression = definition(config())["States"]["Train"]["Arguments"]["TrainingJobName"][2:-2].strip()
+    variables = machine.variables
+    made = set()
+    for retry, attempt in ((0, 0), (1, 0), (0, 1)):
+        context = {"Execution": {"Id": "x", "Name": "x"}, "State": {"Name": "Train", "RetryCount": retry}}
+        made.add(evaluate_jsonata(expression, {**variables, "attempt": attempt, "states": {"context": context}}))
+    assert len(made) == 3
+
+
+# --- requests against AWS's models -----------------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "PrepareData": "CreateProcessingJob",
+    "CacheFeatures": "CreateProcessingJob",
+    "Tune": "CreateHyperParameterTuningJob",
+    "Train": "CreateTrainingJob",
+    "Evaluate": "CreateProcessingJob",
+    "Report": "CreateProcessingJob",
+    "Register": "CreateModelPackage",
+    "CreateModel": "CreateModel",
+    "CreateEndpointConfig": "CreateEndpointConfig",
+    "CreateEndpoint": "CreateEndpoint",
+    "UpdateEndpoint": "UpdateEndpoint",
+    "FindEndpoint": "DescribeEndpoint",
+}
+
+
+def _problems(operation: str, request: Any) -> list[str]:
+    """Wrong names, types and patterns, by botocore's model of SageMaker."""
+    model = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation)
+    report = ParamValidator().validate(request, model.input_shape)
+    return [report.generate_report()] if report.has_errors() else []
+
+
+@pytest.mark.parametrize("stage", ["dev", "prod", "local"])
+@pytest.mark.parametrize("strategy", ["Bayesian", "Random", "Grid", "Hyperband"])
+def test_requests_are_what_sagemaker_accepts(stage: str, strategy: str):
+    account = Account()
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "older"}
+    machine, last, _ = walk({"tuning": {"strategy": strategy, "batch_size": [64]}}, stage=stage, account=account)
+    assert last == "Done"
+    assert set(machine.requests) >= {"PrepareData", "Tune", "Train", "Register", "UpdateEndpoint"}
+    for name, operation in OPERATIONS.items():
+        if name in machine.requests:
+            assert _problems(operation, machine.requests[name]) == []
+    search = machine.requests["Tune"]["HyperParameterTuningJobConfig"]
+    assert ("MaxNumberOfTrainingJobs" in search["ResourceLimits"]) == (strategy != "Grid")
+    assert search["ParameterRanges"]["CategoricalParameterRanges"][-1]["Values"] == ["64"]
+    if strategy == "Grid":
+        assert search["ParameterRanges"]["CategoricalParameterRanges"][0]["Values"] == ["0.01", "0.021544", "0.046416", "0.1"]
+
+
+def test_managed_debugger_adds_awss_fields():
+    machine, _, _ = walk({}, managed_debugger=True)
+    assert machine.requests["Train"]["DebugHookConfig"]["S3OutputPath"].endswith("/runs/run-1/debug-output")
+    assert _problems("CreateTrainingJob", machine.requests["Train"]) == []
+
+
+def test_spot_waits_longer_than_it_runs():
+    machine, _, _ = walk({}, stage="prod")
+    request = machine.requests["Train"]
+    assert request["EnableManagedSpotTraining"] is True
+    assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] > request["StoppingCondition"]["MaxRuntimeInSeconds"]
+
+
+# --- input -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"colour": "red"}, "colour is unknown; expected one of action, source,"),
+        ({"tuning": {"max_job": 3}}, "tuning.max_job is unknown"),
+        ({"quality_gate": {"top1": 1}}, "quality_gate.top1 is unknown"),
+        ({"action": "fly"}, "action is fly; expected one of train, deploy."),
+        ({"recipe": "soup"}, "recipe is soup; expected one of head, finetune, scratch."),
+        ({"image_size": 7}, "image_size is 7; expected an integer from 16 to 1024."),
+        ({"image_size": "224"}, "image_size is 224; expected an integer"),
+        ({"image_size": 32.5}, "image_size is 32.5;"),
+        ({"backbone": "Res Net"}, "backbone is Res Net;"),
+        ({"pretrained": "weights.zip"}, "pretrained is weights.zip; expected torchvision, none, or a key"),
+        ({"pretrained": "none"}, "pretrained is none; expected weights, because the recipe"),
+        ({"source": "elsewhere/"}, "source is elsewhere/; expected a key prefix"),
+        ({"source": "http://example.com/x.zip"}, "source is http://example.com/x.zip;"),
+        ({"source": "https://example.com/x.zip"}, "an allowed host (s3-us-west-1.amazonaws.com)"),
+        ({"source": "s3://other/x/"}, "source is s3://other/x/;"),
+        ({"source": f"s3://{BUCKET}/models/"}, "source is s3://data-bucket/models/;"),
+        ({"source": 5}, "source is 5;"),
+        ({"hyperparameters": {"learning_rate": 0.1}}, "hyperparameters is"),
+        ({"hyperparameters": {"sagemaker_program": "x.py"}}, "expected only names among resize_size, epochs,"),
+        ({"hyperparameters": {"epochs": [1]}}, "expected texts, numbers, true or false as values"),
+        ({"hyperparameters": 3}, "hyperparameters is 3; expected an object"),
+        ({"tuning": 3}, "tuning is 3; expected an object"),
+        ({"tuning": {"strategy": "Guess"}}, "tuning.strategy is Guess; expected one of Bayesian, Random, Grid, Hyperband."),
+        ({"tuning": {"max_jobs": 1000}}, "tuning.max_jobs is 1000; expected an integer from 1 to 100."),
+        ({"tuning": {"learning_rate": [0.1, 0.01]}}, "tuning.learning_rate is [0.1,0.01];"),
+        ({"tuning": {"learning_rate": 0.1}}, "tuning.learning_rate is 0.1;"),
+        ({"tuning": {"batch_size": [0]}}, "tuning.batch_size is"),
+        ({"tuning": {"batch_size": []}}, "tuning.batch_size is"),
+        ({"quality_gate": {"min_top1": 97}}, "quality_gate.min_top1 is 97; expected a number from 0 to 1."),
+        ({"action": "deploy"}, "model_package is ; expected the ARN of a version in the model package group dogs-dev"),
+        ([1], "The input is [1]; expected a JSON object"),
+        ("hello", "The input is hello; expected a JSON object"),
+        ({"recipe": None}, "recipe is "),
+    ],
+)
+def test_bad_input_is_refused_with_its_name(given: Any, named: str):
+    machine, last, output = walk(given)
+    assert last == "InvalidInput"
+    assert output["Error"] == "InvalidInput"
+    assert named in output["Cause"]
+    assert "PrepareData" not in machine.visited
+
+
+def test_all_bad_fields_are_named_at_once():
+    _, _, output = walk({"recipe": "soup", "image_size": 1, "colour": 2})
+    assert all(name in output["Cause"] for name in ("recipe", "image_size", "colour"))
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [
+        ({"source": "incoming/cats/"}, f"s3://{BUCKET}/incoming/cats/"),
+        ({"source": f"s3://{BUCKET}/incoming/cats.zip"}, f"s3://{BUCKET}/incoming/cats.zip"),
+        ({"source": "https://s3-us-west-1.amazonaws.com/x.zip"}, "https://s3-us-west-1.amazonaws.com/x.zip"),
+        ({"source": "s3://shared-pictures/x/"}, "s3://shared-pictures/x/"),
+    ],
+)
+def test_sources_reach_the_job_as_uris(given: Any, source: str):
+    machine, last, _ = walk(given, source_buckets=["shared-pictures"])
+    assert last == "Done"
+    arguments = machine.requests["PrepareData"]["AppSpecification"]["ContainerArguments"]
+    assert arguments[arguments.index("--source") + 1] == source
+
+
+def test_groups_of_fields_are_merged_with_their_defaults():
+    machine, last, _ = walk({"tuning": {"max_jobs": 2}})
+    assert last == "Done"
+    assert machine.variables["request"]["tuning"]["strategy"] == "Bayesian"
+    assert machine.variables["request"]["tuning"]["max_jobs"] == 2
+
+
+# --- decisions and failures ------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_model_leaves_the_endpoint_alone_and_keeps_its_report():
+    account = Account()
+    account.summary["top1"] = 0.31
+    machine, last, output = walk({}, account=account)
+    assert last == "QualityGateFailed"
+    assert "Test top1 is 0.31; expected at least 0.6" in output["Cause"]
+    assert "Report" in machine.visited
+    assert "CreateModel" not in machine.visited
+
+
+@pytest.mark.parametrize(("champion", "accepted"), [(0.99, True), (0.995, False), (None, True)])
+def test_a_model_may_not_fall_far_behind_the_serving_one(champion: float | None, accepted: bool):
+    account = Account()
+    account.summary["champion_top1"] = champion
+    _, last, _ = walk({}, account=account)
+    assert (last == "Done") is accepted
+
+
+def test_a_failed_job_is_explained_with_its_reason_and_cleaned_up():
+    cause = json.dumps({"TrainingJobName": "x", "FailureReason": 'AlgorithmError: learning_rate is "much"\nexit code 1'})
+    machine, last, output = walk({}, account=Account(Train=TaskError("States.TaskFailed", cause)))
+    assert last == "Failed"
+    assert machine.visited[-4:] == ["CapacityMissing", "CleanUp", "NotifyFailure", "Failed"]
+    assert output["Error"] == "TrainFailed"
+    assert 'AlgorithmError: learning_rate is "much"' in output["Cause"]
+    assert "CloudWatch" in output["Cause"]
+
+
+def test_lack_of_capacity_is_waited_out_with_a_new_name():
+    scarce = TaskError("States.TaskFailed", json.dumps({"FailureReason": "CapacityError: Unable to provision requested ML"}))
+    machine, last, _ = walk({}, account=Account(Train=[scarce]))
+    assert last == "Done"
+    assert machine.visited.count("Train") == 2
+    _, last, _ = walk({}, account=Account(Train=scarce))
+    assert last == "Failed"
+
+
+def test_a_search_without_any_result_is_a_failure_with_a_sentence():
+    found = {"HyperParameterTuningJobName": "x"}
+    _, last, output = walk({}, account=Account(Tune=found))
+    assert last == "Failed"
+    assert "No trial completed with an objective" in output["Cause"]
+
+
+def test_an_endpoint_in_motion_is_waited_for():
+    account = Account()
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "older"}
+    moving = {"EndpointStatus": "Updating", "EndpointConfigName": "older"}
+    account.faults["FindEndpoint"] = [moving, moving]
+    machine, last, _ = walk({}, account=account)
+    assert last == "Done"
+    assert machine.visited.count("WaitForOthers") == 2
+    assert "UpdateEndpoint" in machine.visited
+    assert "CreateEndpoint" not in machine.visited
+
+
+def test_a_failed_endpoint_is_deleted_and_made_again():
+    account = Account()
+    account.endpoint = {"EndpointStatus": "Failed", "EndpointConfigName": "older"}
+    machine, last, _ = walk({}, account=account)
+    assert last == "Done"
+    assert "DeleteFailedEndpoint" in machine.visited
+    assert "CreateEndpoint" in machine.visited
+
+
+def test_an_endpoint_that_never_settles_ends_at_the_deadline():
+    moving = {"EndpointStatus": "Creating", "EndpointConfigName": "x"}
+    account = Account(CheckEndpoint=[moving] * 1000)
+    machine, last, output = walk({}, account=account, poll_seconds=60)
+    assert last == "Failed"
+    assert "is Creating" in output["Cause"]
+    assert "1800 s" in output["Cause"]
+
+
+def test_a_failed_smoke_test_brings_the_previous_configuration_back():
+    account = Account(SmokeTest=TaskError("WrongAnswers", '{"errorMessage": "3 of 4 pictures were wrong", "errorType": "x"}'))
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "older"}
+    machine, last, output = walk({}, account=account)
+    assert last == "Failed"
+    assert account.endpoint["EndpointConfigName"] == "older"
+    assert machine.requests["CleanUp"]["Payload"]["endpoint_config"].startswith("dogs-dev-")
+    assert "3 of 4 pictures were wrong" in output["Cause"]
+
+
+def test_a_first_deployment_that_fails_leaves_no_endpoint():
+    account = Account(SmokeTest=TaskError("WrongAnswers", "wrong"))
+    machine, last, _ = walk({}, account=account)
+    assert last == "Failed"
+    assert account.endpoint is None
+
+
+def test_a_message_that_cannot_be_sent_does_not_undo_a_deployment():
+    _, last, _ = walk({}, account=Account(Publish=TaskError("SNS.AuthorizationErrorException", "no")))
+    assert last == "Done"
+
+
+def test_a_package_is_deployed_without_training():
+    package = {
+        "ModelPackageArn": "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/3",
+        "ModelApprovalStatus": "Approved",
+        "InferenceSpecification": {"Containers": [{"Image": "image:tag", "ModelDataUrl": "s3://b/models/old/model.tar.gz"}]},
+        "CustomerMetadataProperties": {
+            "labels_uri": "s3://b/labels.json",
+            "smoke_uri": "s3://b/smoke/",
+            "run": "old",
+            "top1": "0.91",
+            "dataset_hash": "abc",
+        },
+    }
+    given = {"action": "deploy", "model_package": package["ModelPackageArn"]}
+    machine, last, output = walk(given, account=Account(ReadPackage=package))
+    assert last == "Done"
+    assert "PrepareData" not in machine.visited
+    assert output["test_top1"] == 0.91
+    assert output["tuning_job"] is None
+    assert machine.requests["WriteChampion"]["Body"]["run"] == "old"
+
+
+# --- the definition itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["dev", "prod", "local"])
+def test_every_task_has_a_limit_retries_and_a_way_out(stage: str):
+    states = definition(config(stage))["States"]
+    for name, state in states.items():
+        if state["Type"] != "Task":
+            continue
+        assert state["TimeoutSeconds"] > 0, name
+        assert state["Retry"], name
+        assert all(retry["JitterStrategy"] == "FULL" for retry in state["Retry"]), name
+        assert any("States.ALL" in catch["ErrorEquals"] for catch in state["Catch"]), name
+
+
+@pytest.mark.parametrize("stage", ["dev", "prod", "local"])
+def test_every_state_can_be_reached(stage: str):
+    machine = definition(config(stage))
+    text = json.dumps(machine)
+    for name in machine["States"]:
+        assert name == machine["StartAt"] or f'"{name}"' in text.replace(f'"{name}": {{', ""), name
+    assert hashlib.sha256(text.encode()).hexdigest() == hashlib.sha256(json.dumps(definition(config(stage))).encode()).hexdigest()
