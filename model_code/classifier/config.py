@@ -1,0 +1,191 @@
+"""The one training configuration: a field is a flag is a hyperparameter.
+
+SageMaker passes every hyperparameter as ``--name value`` (strings); nothing else reads them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+from classifier.errors import ConfigError
+
+_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "recipe": ("head", "finetune", "scratch"),
+    "pretrained": ("torchvision", "none", "channel"),
+    "optimizer": ("sgd", "adamw"),
+    "augmentation": ("none", "trivial"),
+    "precision": ("auto", "fp32", "bf16"),
+    "stem": ("auto", "standard", "small"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "image_size": (16, 1024),
+    "resize_size": (0, 2048),
+    "learning_rate": (1e-6, 10.0),
+    "batch_size": (1, 4096),
+    "epochs": (1, 1000),
+    "momentum": (0.0, 0.9999),
+    "weight_decay": (0.0, 1.0),
+    "label_smoothing": (0.0, 0.5),
+    "warmup_epochs": (0.0, 100.0),
+    "random_resized_crop_min_scale": (0.05, 1.0),
+    "early_stopping_patience": (0, 1000),
+    "seed": (0, 2**31 - 1),
+    "num_workers": (0, 64),
+    "debug_interval": (1, 100_000),
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Hyperparameters of one training. Defaults are those of the recipe ``head``; see RECIPE_DEFAULTS for the others."""
+
+    recipe: str = "head"
+    """head: linear layer on cached features; finetune: all weights from a pretrained start; scratch: all from random."""
+    backbone: str = "mobilenet_v2"
+    """A torchvision classification builder, or ``auto``: recognised from the weights in the channel ``pretrained``."""
+    pretrained: str = "torchvision"
+    image_size: int = 224
+    """Side in pixels of the square that the network sees."""
+    resize_size: int = 0
+    """Short side before the centre crop; 0 chooses it from image_size (see serving.default_resize_size)."""
+    learning_rate: float = 0.03
+    batch_size: int = 64
+    epochs: int = 30
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up before the cosine; may be a fraction."""
+    horizontal_flip: bool = True
+    random_resized_crop_min_scale: float = 0.35
+    """Smallest share of the picture's area that a random crop keeps; 1 switches random crops off."""
+    augmentation: str = "none"
+    precision: str = "auto"
+    """auto times a few steps of both and keeps the faster one."""
+    stem: str = "auto"
+    """small: 3x3 stride-1 first convolution without pooling (ResNets, pictures up to 64 px); auto is standard."""
+    early_stopping_patience: int = 0
+    """Epochs without a better valid top1 before training stops; 0 never stops."""
+    seed: int = 0
+    num_workers: int = 0
+    """Decoding threads; 0 means one per CPU."""
+    debug_interval: int = 10
+    """Steps between saved tensors."""
+
+
+RECIPE_DEFAULTS: dict[str, dict[str, object]] = {
+    "head": {},
+    "finetune": {"epochs": 10, "weight_decay": 1e-4},
+    "scratch": {
+        "epochs": 8,
+        "backbone": "resnet18",
+        "pretrained": "none",
+        "image_size": 32,
+        "horizontal_flip": False,
+        "random_resized_crop_min_scale": 0.8,
+        "label_smoothing": 0.05,
+    },
+}
+"""What a recipe changes when the user does not give the field."""
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, str]:
+    """``--name value`` or ``--name=value`` pairs. Raises ConfigError for anything else or a name given twice."""
+    flags: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"unexpected argument {word!r}: give flags as --name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            try:
+                value = next(words)
+            except StopIteration:
+                raise ConfigError(f"--{name} has no value: give it as --{name} value") from None
+        if name in flags:
+            raise ConfigError(f"--{name} is given twice: {flags[name]!r} and {value!r}; keep one")
+        flags[name] = value
+    return flags
+
+
+def parse_value(name: str, text: str, kind: type) -> object:
+    """``text`` as bool, int, float or str. Raises ConfigError naming the field, the value and what was expected."""
+    try:
+        if kind is bool:
+            lowered = text.strip().lower()
+            if lowered not in _TRUE | _FALSE:
+                raise ValueError
+            return lowered in _TRUE
+        if kind is int:
+            number = float(text)  # a tuner may write 64 as 64.0
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            return float(text)
+    except (ValueError, OverflowError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{name}={text!r} is not {expected}") from None
+    return text.strip()
+
+
+def _check(config: TrainingConfig) -> None:
+    for name, value in asdict(config).items():
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(_CHOICES[name])}")
+        if name in _RANGES:
+            low, high = _RANGES[name]
+            if not low <= float(value) <= high:
+                raise ConfigError(f"{name}={value} is outside {low:g} to {high:g}: choose a value in that range")
+    if config.recipe != "scratch" and config.pretrained == "none":
+        raise ConfigError(
+            f"recipe={config.recipe} needs pretrained weights: set pretrained to torchvision or channel, or recipe to scratch"
+        )
+    if config.resize_size and config.resize_size < config.image_size:
+        raise ConfigError(f"resize_size={config.resize_size} is smaller than image_size={config.image_size}: raise it or use 0")
+    if config.stem == "small" and not config.backbone.startswith("resnet"):
+        raise ConfigError(f"stem=small fits ResNets only, not backbone={config.backbone}: use stem=auto")
+
+
+def from_mapping(values: Mapping[str, str]) -> TrainingConfig:
+    """A checked configuration from strings. Raises ConfigError for unknown names and bad values."""
+    kinds = typing.get_type_hints(TrainingConfig)
+    for name in values:
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(kinds))}"
+            raise ConfigError(f"unknown hyperparameter {name!r}: {hint}")
+    recipe = values.get("recipe", TrainingConfig.recipe)
+    parsed = {name: parse_value(name, text, kinds[name]) for name, text in values.items()}
+    changed = {**RECIPE_DEFAULTS.get(recipe, {}), **parsed}
+    config = replace(TrainingConfig(), **typing.cast(dict[str, typing.Any], changed))
+    _check(config)
+    return config
+
+
+def parse(argv: Sequence[str]) -> TrainingConfig:
+    """The configuration from a command line."""
+    return from_mapping(parse_flags(argv))
+
+
+T = typing.TypeVar("T")
+
+
+def parse_dataclass(cls: type[T], argv: Sequence[str]) -> T:
+    """Fill a dataclass from flags; fields without a default are required. Raises ConfigError."""
+    kinds = typing.get_type_hints(cls)
+    flags = parse_flags(argv)
+    unknown = sorted(set(flags) - set(kinds))
+    if unknown:
+        raise ConfigError(f"unknown flag --{unknown[0]}: known are {', '.join('--' + name for name in kinds)}")
+    parsed = {name: parse_value(name, text, kinds[name]) for name, text in flags.items()}
+    try:
+        return cls(**parsed)
+    except TypeError:
+        missing = [f"--{field.name}" for field in fields(cls) if field.name not in parsed]  # type: ignore[arg-type]
+        raise ConfigError(f"missing flags: one of {', '.join(missing)} is required and not given") from None

@@ -1,0 +1,209 @@
+"""Preprocessing and prediction with numpy, Pillow and ONNX Runtime. This is THE definition of the preprocessing.
+
+Preparation, training and evaluation use these functions too; nothing here may import torch.
+
+Shapes: a decoded picture is ``(H, W, 3) uint8``; network input is ``(B, 3, S, S) float32``; logits are ``(B, classes) float32``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+MAX_PIXELS = 64_000_000
+"""Largest picture that is decoded; read from the header before any pixel is."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""Pillow decoders that may run; all others stay closed to uploads."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PictureError(ValueError):
+    """A file that is not a picture we accept; the message says why."""
+
+
+class PictureTooLarge(PictureError):
+    """More pixels than MAX_PIXELS."""
+
+
+def default_resize_size(image_size: int) -> int:
+    """Short side before the centre crop. The whole picture is used; chosen on the valid split (see docs)."""
+    return image_size
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a picture before the network.
+
+    Resize (bilinear, antialiased) so that the short side is ``resize_size``, take the central square, take the central
+    ``image_size`` of it, scale to 0..1, subtract ``mean`` and divide by ``std`` per channel.
+    """
+
+    image_size: int = 224
+    resize_size: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @classmethod
+    def of(cls, image_size: int, resize_size: int = 0) -> Preprocessing:
+        """The preprocessing for a network input of ``image_size``."""
+        return cls(image_size, resize_size or default_resize_size(image_size))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Preprocessing:
+        """Read back what ``to_json`` wrote."""
+        mean, std = (tuple(float(x) for x in values[name]) for name in ("mean", "std"))
+        return cls(int(values["image_size"]), int(values["resize_size"]), mean, std)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object for model.json and features.json."""
+        return asdict(self)
+
+
+def open_picture(source: bytes | io.BufferedIOBase) -> Image.Image:
+    """Read the header only. Raises PictureError for other formats, several frames, or too many pixels."""
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        picture = Image.open(stream, formats=FORMATS)
+    except Image.DecompressionBombError as problem:
+        raise PictureTooLarge(str(problem)) from None
+    except Exception as problem:  # decoders raise many kinds (OSError, SyntaxError, struct.error…)
+        raise PictureError(f"not a picture in one of the formats {', '.join(FORMATS)}") from problem
+    if picture.width * picture.height > MAX_PIXELS:
+        raise PictureTooLarge(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS:,}")
+    if getattr(picture, "n_frames", 1) > 1:
+        raise PictureError("animated or multi-page picture")
+    return picture
+
+
+def decode(source: bytes | io.BufferedIOBase) -> Image.Image:
+    """An upright RGB picture. Raises PictureError."""
+    picture = open_picture(source)
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        return to_rgb(picture)
+    except Exception as problem:
+        raise PictureError(f"damaged picture ({type(problem).__name__}: {str(problem)[:100]})") from problem
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB; transparent parts become white, 16-bit grey is scaled to 8 bits."""
+    if picture.mode == "RGB":
+        picture.load()
+        return picture
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float32)
+        scale = 255.0 / 65535.0 if values.max(initial=0.0) > 255.0 else 1.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def resize_short_side(picture: Image.Image, size: int) -> Image.Image:
+    """Antialiased bilinear resize so that the short side is exactly ``size``."""
+    width, height = picture.size
+    short = min(width, height)
+    if short == size:
+        return picture
+    # Very long pictures would otherwise grow without bound; only their centre is used.
+    if max(width, height) > 8 * short:
+        picture = _crop(picture, min(width, 8 * short), min(height, 8 * short))
+        width, height = picture.size
+    target = (max(size, round(width * size / short)), max(size, round(height * size / short)))
+    return picture.resize(target, Image.Resampling.BILINEAR)
+
+
+def _crop(picture: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def to_square(picture: Image.Image, size: int) -> Pixels:
+    """``(size, size, 3) uint8``: resized to the short side, then the central square. What training caches."""
+    resized = resize_short_side(picture, size)
+    return np.asarray(_crop(resized, size, size), dtype=np.uint8)
+
+
+def centre(square: Pixels, size: int) -> Pixels:
+    """The central ``size`` x ``size`` of ``(..., R, R, 3)``."""
+    offset = (square.shape[-2] - size) // 2
+    return square[..., offset : offset + size, offset : offset + size, :]
+
+
+def normalise(pixels: Pixels, preprocessing: Preprocessing) -> Floats:
+    """``(B, S, S, 3) uint8`` to contiguous ``(B, 3, S, S) float32``."""
+    mean = np.asarray(preprocessing.mean, dtype=np.float32) * 255.0
+    std = np.asarray(preprocessing.std, dtype=np.float32) * 255.0
+    scaled = (pixels.astype(np.float32) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def preprocess(picture: Image.Image, preprocessing: Preprocessing) -> Floats:
+    """One decoded picture to ``(1, 3, S, S) float32``."""
+    square = centre(to_square(picture, preprocessing.resize_size), preprocessing.image_size)
+    return normalise(square[None], preprocessing)
+
+
+def softmax(logits: Floats, temperature: float = 1.0) -> Floats:
+    """Probabilities along the last axis, of ``logits / temperature``."""
+    scaled = logits / np.float32(temperature)
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    exponent = np.exp(scaled)
+    return np.asarray(exponent / exponent.sum(axis=-1, keepdims=True), dtype=np.float32)
+
+
+class OnnxModel:
+    """model.onnx with model.json beside it. Safe to call from several threads."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        """Raises FileNotFoundError when the folder holds no model."""
+        import onnxruntime
+
+        for name in ("model.json", "model.onnx"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing: the model artifact must hold model.json and model.onnx")
+        self.info: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.preprocessing = Preprocessing.from_json(self.info["preprocessing"])
+        self.labels: list[str] = [str(label) for label in self.info["labels"]]
+        self.temperature = float(self.info.get("temperature", 1.0))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or int(os.environ.get("INFERENCE_THREADS", "1"))
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), sess_options=options, providers=["CPUExecutionProvider"]
+        )
+        self._input = self._session.get_inputs()[0].name
+
+    def logits(self, batch: Floats) -> Floats:
+        """``(B, 3, S, S) float32`` to ``(B, classes) float32``."""
+        return np.asarray(self._session.run(None, {self._input: batch})[0], dtype=np.float32)
+
+    def predict(self, picture: Image.Image) -> Floats:
+        """Calibrated probabilities ``(classes,)`` of one decoded picture."""
+        return softmax(self.logits(preprocess(picture, self.preprocessing)), self.temperature)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What an answer says about the model."""
+        return {name: self.info.get(name) for name in ("run", "dataset_hash", "top1")}
+
+
+def top_k(probabilities: Floats, labels: list[str], k: int) -> list[dict[str, Any]]:
+    """The ``k`` likeliest labels, sorted."""
+    order = np.argsort(-probabilities, kind="stable")[: max(1, min(k, len(labels)))]
+    return [{"label": labels[index], "probability": round(float(probabilities[index]), 6)} for index in order]
