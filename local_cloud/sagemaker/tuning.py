@@ -271,9 +271,11 @@ class TuningJob:
             self._stop_trial(trial)
 
     def _hopeless(self) -> bool:
-        over = [trial for trial in self.trials if trial.told]
-        failed = [trial for trial in over if trial.job.record["TrainingJobStatus"] == "Failed"]
-        return len(failed) >= _ATTEMPTS and len(failed) == len(over)
+        failed = self._failed()
+        return len(failed) >= _ATTEMPTS and all(trial in failed for trial in self.trials if trial.told)
+
+    def _failed(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.job.record["TrainingJobStatus"] == "Failed"]
 
     def _finish(self) -> None:
         with self._jobs.changed:
@@ -281,11 +283,11 @@ class TuningJob:
                 self._end("Stopped")
             elif self.best() is not None:
                 self._end("Completed")
-            elif any(trial.job.record["TrainingJobStatus"] != "Failed" for trial in self.trials):
+            elif any(trial.job.record["TrainingJobStatus"] == "Completed" for trial in self.trials):
                 reason = f"No training job reported the objective metric {self._metric!r}: check its regex against the job's log."
                 self._end("Failed", FailureReason=reason)
             else:
-                self._end("Failed", FailureReason=_NONE_SUCCEEDED.format(count=len(self.trials)))
+                self._end("Failed", FailureReason=_NONE_SUCCEEDED.format(count=len(self._failed())))
 
     def _end(self, status: str, **changes: Any) -> None:
         with self._jobs.changed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from local_fakes import BUCKET, CALLER, IMAGE, ROLE, Client, FakeCloud, archive,
 
 from local_cloud.images import Images
 from local_cloud.sagemaker import SageMaker, Settings
+from local_cloud.sagemaker.process import Child, mounted
+from local_cloud.sagemaker.s3_transfer import relative_path
 from local_cloud.service import Permission, ServiceError
 
 BUSY = ("InProgress", "Stopping")
@@ -221,6 +225,53 @@ def test_nothing_outlives_the_cloud(cloud: FakeCloud) -> None:
     pid = child_of(cloud, "training", "orphan")
     service.stop()
     assert gone(pid)
+
+
+HOST = """
+import sys, time
+from pathlib import Path
+from local_cloud.sagemaker.process import Child
+script = "import os, subprocess, time; p = subprocess.Popen(['setsid', 'sleep', '300']); print(p.pid, flush=True); time.sleep(300)"
+child = Child([sys.executable, "-c", script], env={"PATH": "/usr/bin:/bin"}, cwd=Path("/"))
+for line in child.lines(): print(line, flush=True)
+"""
+
+
+def test_a_killed_cloud_takes_its_jobs_with_it() -> None:
+    host = subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert host.stdout is not None
+    with host.stdout as lines:
+        pid = int(lines.readline())
+        host.kill()
+        host.wait()
+    assert gone(pid)
+
+
+def test_a_missing_program_ends_as_in_a_shell(tmp_path: Path) -> None:
+    child = Child(["no-such-program"], env={"PATH": "/bin"}, cwd=tmp_path)
+    assert list(child.lines()) == ["exec 'no-such-program' failed: No such file or directory"]
+    assert child.wait(10) == 127
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/opt/ml", "/X"),
+        ("a=/opt/ml/model;b=/opt/ml", "a=/X/model;b=/X"),
+        ("file:///opt/ml/x", "file:///X/x"),
+        ("/opt/mlx s3://b/opt/ml/x", "/opt/mlx s3://b/opt/ml/x"),
+    ],
+)
+def test_the_mount_is_replaced_and_nothing_else(text: str, expected: str) -> None:
+    assert mounted(text, Path("/X")) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix", "expected"),
+    [("a/b/c", "a/b/", "c"), ("a/b/c", "a/b", "c"), ("a/b", "a/b", "b"), ("a/bc/d", "a/b", "bc/d"), ("x/y", "", "x/y")],
+)
+def test_keys_below_a_prefix(key: str, prefix: str, expected: str) -> None:
+    assert relative_path(key, prefix) == expected
 
 
 PROCESS = """
