@@ -89,7 +89,7 @@ class HookObserver:
         names = "|".join(name.replace(".", r"\.") for name in _followed(network))
         self.hook.get_collection("layers").include(rf"^(gradient/)?[A-Za-z0-9]+_({names})\.weight$")
         self.hook.get_collection("activations").include(r"^relu_zero_share/")
-        self.hook.get_collection("losses").reduction_config = None
+        self.hook.get_collection("activations").reduction_config = ReductionConfig(reductions=["mean"])
         self.hook.register_module(network)
         self.hook.register_loss(loss_function)
         self._watch_relus(network)
@@ -217,7 +217,7 @@ _TENSOR_RULES: list[tuple[str, Callable[[Any, int], str | None], str]] = [
     ),
     (
         "DeadRelu",
-        _judge_tensors(r"^relu_zero_share/", None, lambda v: v > 0.97, "more than 97 % zeros after a ReLU"),
+        _judge_tensors(r"^relu_zero_share/", "mean", lambda v: v > 0.97, "more than 97 % zeros after a ReLU"),
         "lower the learning rate or use another activation",
     ),
     ("PoorWeightInitialization", _initial_weights, "initialise the layers at random"),

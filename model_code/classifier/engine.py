@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from classifier.batches import Batches
 from classifier.config import TrainingConfig
 from classifier.errors import UserError
-from classifier.precision import autocast
+from classifier.precision import ThreadGovernor, autocast
 
 
 class Observer(Protocol):
@@ -83,11 +83,13 @@ def train_one_epoch(
     epochs: int,
     precision: str,
     observer: Observer,
+    governor: ThreadGovernor,
     say: Callable[[str], None],
 ) -> Result:
     """One pass over ``batches`` that changes the model. Raises UserError when the loss is not finite."""
     model.train()
     observer.mode("train")
+    governor.start()
     started = said = time.monotonic()
     total_loss, right, seen = torch.zeros(()), torch.zeros(()), 0
     for step, (inputs, labels) in enumerate(batches.epoch(epoch)):
@@ -102,6 +104,7 @@ def train_one_epoch(
         optimizer.step()
         scheduler.step()
         observer.mark("Optimizer")
+        governor.step()
         total_loss += loss.detach() * len(labels)
         right += (logits.detach().argmax(dim=1) == labels).sum()
         seen += len(labels)

@@ -1,4 +1,8 @@
-"""fp32 or bf16, decided by the clock: bf16 convolutions can be far slower on small pictures or without AVX-512 BF16."""
+"""fp32 or bf16, and how many threads, decided by the clock.
+
+bf16 convolutions can be far slower on small pictures or without AVX-512 BF16; and when other processes share the CPUs, threads
+that wait for each other are many times slower than one thread alone (50 times was seen with two trials on two CPUs).
+"""
 
 from __future__ import annotations
 
@@ -34,3 +38,49 @@ def faster_precision(model: nn.Module, sample: Tensor, *, train: bool = False) -
     fp32 = _seconds(trial, sample, "fp32", 2, train)
     bf16 = _seconds(trial, sample, "bf16", 2, train)
     return "bf16" if bf16 < 0.9 * fp32 else "fp32"
+
+
+class ThreadGovernor:
+    """Gives up on several threads when steps become far slower than they were: somebody else is using the CPUs."""
+
+    WINDOW, FACTOR = 4, 2.5
+
+    def __init__(self) -> None:
+        self._recent: list[float] = []
+        self._best = float("inf")
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        """An epoch begins: the time since the last step does not count."""
+        self._recent.clear()
+        self._last = time.perf_counter()
+
+    def step(self) -> None:
+        """A training step has ended."""
+        if torch.get_num_threads() == 1:
+            return
+        now = time.perf_counter()
+        self._recent.append(now - self._last)
+        self._last = now
+        if len(self._recent) < self.WINDOW:
+            return
+        recent = sum(self._recent[-self.WINDOW :]) / self.WINDOW
+        if recent > self.FACTOR * self._best and recent > 0.02:
+            print(f"note: steps slowed from {self._best:.2f} s to {recent:.2f} s, the CPUs are shared: one thread from here", flush=True)
+            torch.set_num_threads(1)
+        self._best = min(self._best, recent)
+
+
+def faster_threads(model: nn.Module, sample: Tensor, precision: str, *, train: bool = False) -> int:
+    """1 or the present number of threads, whichever does a step sooner; leaves torch set to it."""
+    many = torch.get_num_threads()
+    if many == 1:
+        return 1
+    trial = copy.deepcopy(model).train(train)
+    torch.set_num_threads(1)
+    alone = _seconds(trial, sample, precision, 2, train)
+    torch.set_num_threads(many)
+    together = _seconds(trial, sample, precision, 2, train)
+    if alone < together:
+        torch.set_num_threads(1)
+    return torch.get_num_threads()

@@ -19,7 +19,7 @@ from classifier.config import TrainingConfig
 from classifier.dataset import DatasetInfo, cpu_count, load_split, read_info
 from classifier.engine import Observer, Result, Silent, evaluate, make_optimizer, make_scheduler, train_one_epoch
 from classifier.errors import DataError
-from classifier.precision import faster_precision
+from classifier.precision import ThreadGovernor, faster_precision, faster_threads
 from classifier.serving import Preprocessing
 
 
@@ -92,12 +92,13 @@ def _pictures_run(config: TrainingConfig, info: DatasetInfo) -> Setup:
     say(f"decoded {len(train_split) + len(valid_split)} pictures, seconds={time.monotonic() - started:.1f}")
     train = PictureBatches(train_split, preprocessing, config, train=True)
     valid = PictureBatches(valid_split, preprocessing, config, train=False)
-    precision = config.precision
+    precision, side = config.precision, preprocessing.image_size
+    random = torch.Generator().manual_seed(config.seed)
+    sample = torch.randn(min(config.batch_size, 32), 3, side, side, generator=random).contiguous(memory_format=torch.channels_last)
     if precision == "auto":
-        side = preprocessing.image_size
-        sample = torch.randn(min(config.batch_size, 32), 3, side, side).contiguous(memory_format=torch.channels_last)
         precision = faster_precision(network, sample, train=True)
-        torch.manual_seed(config.seed)
+    threads = faster_threads(network, sample, precision, train=True)
+    say(f"precision={precision} threads={threads}")
     return Setup(config, info, network, train, valid, preprocessing, precision)
 
 
@@ -150,7 +151,7 @@ def fit(
     loss_function = loss_function or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(network, config)
     scheduler = make_scheduler(optimizer, config, len(setup.train))
-    progress, history = Progress(), list[dict[str, Any]]()
+    progress, history, governor = Progress(), list[dict[str, Any]](), ThreadGovernor()
     best_state = copy.deepcopy(network.state_dict())
     saved = checkpoint.load(checkpoints) if checkpoints else None
     if saved and saved["config"] == asdict(config):
@@ -166,7 +167,7 @@ def fit(
     while progress.epoch < config.epochs and not _patience_is_over(config, progress):
         if stop_after is not None and progress.epoch >= stop_after:
             return history
-        entry = _one_epoch(setup, progress, optimizer, scheduler, loss_function, observer)
+        entry = _one_epoch(setup, progress, optimizer, scheduler, loss_function, observer, governor)
         if entry.best > progress.best or (entry.valid.top1 == progress.best and entry.valid.loss < progress.best_loss):
             progress.best, progress.best_loss, progress.best_epoch = entry.valid.top1, entry.valid.loss, entry.number
             best_state = copy.deepcopy(network.state_dict())
@@ -195,6 +196,7 @@ def _one_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     loss_function: nn.Module,
     observer: Observer,
+    governor: ThreadGovernor,
 ) -> Epoch:
     started = time.monotonic()
     rate = float(optimizer.param_groups[0]["lr"])
@@ -208,6 +210,7 @@ def _one_epoch(
         epochs=setup.config.epochs,
         precision=setup.precision,
         observer=observer,
+        governor=governor,
         say=say,
     )
     valid = evaluate(setup.network, setup.valid, precision=setup.precision, observer=observer)
