@@ -8,6 +8,7 @@ import json
 import sys
 import tarfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def moto_cloud(root: Path) -> Iterator[FakeCloud]:
     try:
         host, port = server.get_host_and_port()
         cloud = FakeCloud(root, f"http://{host}:{port}")
+        urllib.request.urlopen(f"{cloud.url}/moto-api/reset", data=b"").close()  # moto's state belongs to the process
         s3 = cloud.client("s3")
         s3.create_bucket(Bucket=BUCKET)
         s3.close()
