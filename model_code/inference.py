@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from classifier.serving import OnnxModel, PictureError, PictureTooLarge, decode, top_k
+from classifier.serving import OnnxModel, PictureError, PictureTooLargeError, decode, top_k
 from PIL import Image
 
 ACCEPTED = ("application/x-image", "application/octet-stream")
@@ -34,7 +34,7 @@ def input_fn(body: bytes, content_type: str) -> Image.Image:
         raise RequestError(422, "empty_body", "the body is empty: send the bytes of one picture")
     try:
         return decode(body)
-    except PictureTooLarge as problem:
+    except PictureTooLargeError as problem:
         raise RequestError(413, "too_many_pixels", f"{problem}: send a smaller picture") from None
     except PictureError as problem:
         raise RequestError(422, "not_decodable", f"the body could not be decoded: {problem}") from None

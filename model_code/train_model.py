@@ -20,10 +20,9 @@ def main(argv: list[str]) -> None:
 
 def train(config: TrainingConfig, started: float) -> None:
     """The training with everything that watches it."""
-    from torch import nn
-
     from classifier import export, profiling, training
     from classifier.debugging import HookObserver
+    from torch import nn
 
     output = Path(os.environ.get("SM_OUTPUT_DIR", str(base_dir() / "output")))
     tensors, profile = output / "tensors", output / "profiler"
@@ -50,9 +49,10 @@ def train(config: TrainingConfig, started: float) -> None:
     description = export.export(setup, observer.bare(training.whole_model(setup)), history, folder)
     record = {"started": started, "batch_size": setup.config.batch_size, "history": history}
     (folder / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    top1, difference = description["valid_top1"], description["onnx"]["difference"]
     print(
-        f"exported {setup.config.backbone} with {setup.info.num_classes} classes, valid_top1_of_export={description['valid_top1']:.4f}, "
-        f"onnx_difference={description['onnx']['difference']:.1e}, seconds={time.monotonic() - exported_at:.1f}",
+        f"exported {setup.config.backbone} with {setup.info.num_classes} classes: top1_on_valid={top1:.4f} "
+        f"onnx_difference={difference:.1e} seconds={time.monotonic() - exported_at:.1f}",
         flush=True,
     )
 

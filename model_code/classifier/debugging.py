@@ -26,7 +26,7 @@ MAX_LAYERS = 12
 
 def prepare_smdebug() -> None:
     """Make smdebug 1.0.34 work with today's numpy. Raises RuntimeError when protobuf's C++ implementation is loaded."""
-    from google.protobuf.internal import api_implementation
+    from google.protobuf.internal import api_implementation  # type: ignore[import-untyped]
 
     if api_implementation.Type() != "python":
         raise RuntimeError("smdebug needs PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python in the environment before Python starts")
@@ -183,7 +183,9 @@ def _value(trial: Any, name: str, step: int, reduction: str | None = None) -> fl
     return None if found is None else float(np.asarray(found).mean())
 
 
-def _judge_tensors(pattern: str, reduction: str | None, bad: Callable[[float], bool], text: str) -> Callable[[Any, int], str | None]:
+def _judge_tensors(
+    pattern: str, reduction: str | None, bad: Callable[[float], bool], text: str
+) -> Callable[[Any, int], str | None]:
     def judge(trial: Any, step: int) -> str | None:
         hits = []
         for name in trial.tensor_names(step=step, regex=pattern):

@@ -99,7 +99,7 @@ def train_one_epoch(
         loss: Tensor = loss_function(logits.float(), labels)
         observer.mark("Forward")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         observer.mark("Backward")
         optimizer.step()
         scheduler.step()
@@ -110,8 +110,8 @@ def train_one_epoch(
         seen += len(labels)
         if (now := time.monotonic()) - said >= 1:
             said = now
-            pace = seen / (now - started)
-            say(f"progress epoch={epoch + 1}/{epochs} step={step + 1}/{len(batches)} loss={loss.item():.2f} pictures_per_s={pace:.0f}")
+            where = f"epoch={epoch + 1}/{epochs} step={step + 1}/{len(batches)}"
+            say(f"progress {where} loss={loss.item():.2f} pictures_per_s={seen / (now - started):.0f}")
     mean = float(total_loss) / max(seen, 1)
     if not math.isfinite(mean):
         raise UserError(f"the loss became {mean} in epoch {epoch + 1}: lower learning_rate, or set precision to fp32")

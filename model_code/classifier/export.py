@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 
 def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
     """Opset 18, fp32, dynamic batch, weights inside the file."""
-    network = network.eval().to(memory_format=torch.contiguous_format)
+    network = network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     sample = torch.zeros(2, 3, image_size, image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     # The exporter talks on stdout, where only metrics belong, and warns about its own internals.

@@ -40,7 +40,7 @@ def check_name(name: str) -> None:
 
 def head_name(model: nn.Module) -> str:
     """Qualified name of the last linear layer, which is the classifier of every supported builder."""
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [str(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return found[-1]
 
 
@@ -75,6 +75,12 @@ def split_head(model: nn.Module) -> tuple[str, nn.Linear]:
     return name, head
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """The model with its convolutions in channels_last, which is faster on CPUs and GPUs alike."""
+    result: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return result
+
+
 def build(name: str, num_classes: int = 1000, *, small_stem: bool = False) -> nn.Module:
     """A randomly initialised model in channels_last. Raises ConfigError for unknown names."""
     from torchvision import models
@@ -86,7 +92,7 @@ def build(name: str, num_classes: int = 1000, *, small_stem: bool = False) -> nn
             raise ConfigError(f"stem=small fits ResNets only, not backbone={name}: use stem=auto")
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()
-    return model.to(memory_format=torch.channels_last)
+    return channels_last(model)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -102,7 +108,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:
-        raise WeightsError(f"{path.name} is not a readable state dict ({type(problem).__name__}): save model.state_dict()") from None
+        raise WeightsError(
+            f"{path.name} is not a readable state dict ({type(problem).__name__}): save model.state_dict()"
+        ) from None
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
@@ -113,7 +121,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def find_weights(folder: Path) -> Path:
     """The one weights file of a channel. Raises WeightsError."""
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".pth", ".pt", ".safetensors")] if folder.is_dir() else []
+    found = (
+        [path for path in sorted(folder.rglob("*")) if path.suffix in (".pth", ".pt", ".safetensors")] if folder.is_dir() else []
+    )
     if len(found) != 1:
         raise WeightsError(
             f"the pretrained channel holds {len(found)} weight files ({', '.join(p.name for p in found[:3]) or 'none'}): "
@@ -172,7 +182,7 @@ def torchvision_state(name: str) -> dict[str, Tensor]:
     from torchvision import models
 
     check_name(name)
-    weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    weights = models.get_model_weights(name).DEFAULT
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as problem:

@@ -66,7 +66,10 @@ class ThreadGovernor:
             return
         recent = sum(self._recent[-self.WINDOW :]) / self.WINDOW
         if recent > self.FACTOR * self._best and recent > 0.02:
-            print(f"note: steps slowed from {self._best:.2f} s to {recent:.2f} s, the CPUs are shared: one thread from here", flush=True)
+            print(
+                f"note: steps slowed from {self._best:.2f} s to {recent:.2f} s, the CPUs are shared: one thread from here",
+                flush=True,
+            )
             torch.set_num_threads(1)
         self._best = min(self._best, recent)
 

@@ -167,9 +167,8 @@ def collect(source: sources.Source, flags: PrepareFlags, spool: BinaryIO) -> Out
     outcome = Outcome(split=split, notes=notes)
     stray = [name for name in names if name not in places and not layout.is_hidden(name)]
     outcome.quarantined += [{"file": name, "reason": "not in a class folder"} for name in stray]
-    done, said = 0, time.monotonic()
-    for name, result in _stream(source, places, flags):
-        done += 1
+    said = time.monotonic()
+    for done, (name, result) in enumerate(_stream(source, places, flags), start=1):
         if isinstance(result, str):
             outcome.quarantined.append({"file": name, "reason": result})
         else:
@@ -384,9 +383,9 @@ def prepare(flags: PrepareFlags) -> None:
     with tempfile.TemporaryDirectory(dir=Path(flags.dataset).parent) as work:
         source = sources.open_source(flags.source, flags.hosts(), Path(work))
         with tempfile.TemporaryFile(dir=work) as spool:
-            outcome = collect(source, flags, spool)  # type: ignore[arg-type]
+            outcome = collect(source, flags, spool)
             check(outcome, flags)
-            dataset, description, report = _write_dataset(outcome, flags, spool)  # type: ignore[arg-type]
+            dataset, description, report = _write_dataset(outcome, flags, spool)
     result = {
         "dataset_hash": dataset,
         "dataset_uri": f"{flags.dataset_root.rstrip('/')}/{dataset}/",

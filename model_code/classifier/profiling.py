@@ -83,7 +83,14 @@ class SystemSampler:
         return found
 
     def _event(self, kind: str, name: str, dimension: str, value: float, now: float) -> str:
-        event = {"Type": kind, "Name": name, "Dimension": dimension, "Value": round(value, 3), "NodeId": self._node, "Timestamp": now}
+        event = {
+            "Type": kind,
+            "Name": name,
+            "Dimension": dimension,
+            "Value": round(value, 3),
+            "NodeId": self._node,
+            "Timestamp": now,
+        }
         return json.dumps(event)
 
     def _write(self, lines: list[str], now: float) -> None:
@@ -133,7 +140,9 @@ class StepTimeline:
         for number, phase in enumerate(PHASES):
             lines.append({"name": "process_name", "ph": "M", "pid": number, "args": {"name": phase}})
             lines.append({"name": "process_sort_index", "ph": "M", "pid": number, "args": {"sort_index": number}})
-        lines.insert(0, {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": PHASES[0], "start_time_since_epoch_in_micros": start}})
+        lines.insert(
+            0, {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": PHASES[0], "start_time_since_epoch_in_micros": start}}
+        )
         for phase, begin, finish, step in self._events:
             event = {"name": phase, "pid": PHASES.index(phase), "tid": 0, "ph": "X", "ts": begin - start, "dur": finish - begin}
             lines.append({**event, "args": {"step_num": str(step)}})
@@ -211,7 +220,9 @@ def read_steps(root: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted((root / "framework").rglob("*_pythontimeline.json")):
         events = json.loads(path.read_text(encoding="utf-8"))
-        base = next(e["args"]["start_time_since_epoch_in_micros"] for e in events if "start_time_since_epoch_in_micros" in e.get("args", {}))
+        base = next(
+            e["args"]["start_time_since_epoch_in_micros"] for e in events if "start_time_since_epoch_in_micros" in e.get("args", {})
+        )
         for e in events:
             if e["ph"] == "X":
                 start, duration = (base + e["ts"]) / 1e6, e["dur"] / 1e6
@@ -230,7 +241,10 @@ def cpu_series(events: list[dict[str, Any]], kind: str = "cpu") -> list[tuple[fl
 
 def _quantiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values) or [0.0]
-    pick = {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
+    pick = {
+        name: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
+    }
     return {**pick, "min": ordered[0], "max": ordered[-1], "mean": statistics.fmean(ordered)}
 
 
@@ -250,19 +264,27 @@ def analyse(root: Path, job_started: float | None = None, batch_size: int | None
     times = list(durations.values())
     usage = _quantiles(busy)
     return {
-        "OverallSystemUsage": _part(False, f"CPU {usage['mean']:.0f} % on average while stepping", cpu=usage, memory=_quantiles(memory)),
+        "OverallSystemUsage": _part(
+            False, f"CPU {usage['mean']:.0f} % on average while stepping", cpu=usage, memory=_quantiles(memory)
+        ),
         "OverallFrameworkMetrics": _part(
-            False, ", ".join(f"{name} {phases[name] / total:.0%}" for name in PHASES if name in phases) or "no steps", seconds=dict(phases)
+            False,
+            ", ".join(f"{name} {phases[name] / total:.0%}" for name in PHASES if name in phases) or "no steps",
+            seconds=dict(phases),
         ),
         "CPUBottleneck": _part(
-            loading > 0.3 and usage["mean"] > 90, f"data loading takes {loading:.0%} of the steps, CPU at {usage['mean']:.0f} %",
+            loading > 0.3 and usage["mean"] > 90,
+            f"data loading takes {loading:.0%} of the steps, CPU at {usage['mean']:.0f} %",
             "more CPUs, a smaller picture_size, or num_workers",
         ),
         "IOBottleneck": _part(
-            loading > 0.3 and usage["mean"] < 50, f"data loading takes {loading:.0%} of the steps, CPU at {usage['mean']:.0f} %",
+            loading > 0.3 and usage["mean"] < 50,
+            f"data loading takes {loading:.0%} of the steps, CPU at {usage['mean']:.0f} %",
             "keep the data set in memory or on a faster volume",
         ),
-        "Dataloader": _part(loading > 0.5, f"data loading takes {loading:.0%} of the steps", "more num_workers, lighter augmentation"),
+        "Dataloader": _part(
+            loading > 0.5, f"data loading takes {loading:.0%} of the steps", "more num_workers, lighter augmentation"
+        ),
         "BatchSize": _part(False, f"batch size {batch_size}; no GPU whose use could judge it", batch_size=batch_size),
         "GPUMemoryIncrease": _part(False, "no GPU in this job"),
         "LowGPUUtilization": _part(False, "no GPU in this job"),
@@ -273,14 +295,25 @@ def analyse(root: Path, job_started: float | None = None, batch_size: int | None
 
 
 def _part(fired: bool, detail: str, remedy: str = "", **values: Any) -> dict[str, Any]:
-    return {"RuleTriggered": int(fired), "Violations": int(fired), "Detail": detail, "Remedy": remedy if fired else "", "Details": values}
+    return {
+        "RuleTriggered": int(fired),
+        "Violations": int(fired),
+        "Detail": detail,
+        "Remedy": remedy if fired else "",
+        "Details": values,
+    }
 
 
 def _initialisation(started: float | None, first_step: float) -> dict[str, Any]:
     if not started or not first_step:
         return _part(False, "the start of the job is not known")
     seconds = first_step - started
-    return _part(seconds > 20 * 60, f"{seconds:.0f} s from the start of the script to the first step", "a smaller image or data set", seconds=seconds)
+    return _part(
+        seconds > 20 * 60,
+        f"{seconds:.0f} s from the start of the script to the first step",
+        "a smaller image or data set",
+        seconds=seconds,
+    )
 
 
 def _outliers(times: list[float]) -> dict[str, Any]:
@@ -290,4 +323,9 @@ def _outliers(times: list[float]) -> dict[str, Any]:
     late = [value for value in times if value > mean + 3 * deviation]
     quantiles = {key: value * 1000 for key, value in _quantiles(times).items()}
     fired = len(late) > 0.05 * len(times)
-    return _part(fired, f"{len(late)} of {len(times)} steps took over 3 standard deviations more than {mean * 1000:.0f} ms", "look for other load", step_ms=quantiles)
+    return _part(
+        fired,
+        f"{len(late)} of {len(times)} steps took over 3 standard deviations more than {mean * 1000:.0f} ms",
+        "look for other load",
+        step_ms=quantiles,
+    )

@@ -55,8 +55,10 @@ def read_trials(tuning_job: str) -> tuple[list[dict[str, Any]], str]:
         return [], "no tuning job was named"
     try:
         rows: list[dict[str, Any]] = []
-        for page in _client().get_paginator("list_training_jobs_for_hyper_parameter_tuning_job").paginate(
-            HyperParameterTuningJobName=tuning_job
+        for page in (
+            _client()
+            .get_paginator("list_training_jobs_for_hyper_parameter_tuning_job")
+            .paginate(HyperParameterTuningJobName=tuning_job)
         ):
             rows += [_trial(job) for job in page["TrainingJobSummaries"]]
     except Exception as problem:
@@ -108,7 +110,9 @@ def collect(flags: ReportFlags) -> dict[str, Any]:
     training = _json(root / "evaluation" / "training.json")
     prepared, result = _json(root / "prepare" / "report.json"), _json(root / "prepare" / "result.json")
     notes = [note for note in (trials_note, job_note) if note]
-    notes += [f"{name} is missing from the run" for name, found in (("evaluation", evaluation), ("prepare report", prepared)) if not found]
+    notes += [
+        f"{name} is missing from the run" for name, found in (("evaluation", evaluation), ("prepare report", prepared)) if not found
+    ]
     history = training.get("history", [])
     findings = _findings(root / "debug-output", history, prepared, notes)
     profile = profiling.analyse(root / "profiler-output", training.get("started"), training.get("batch_size"))
@@ -193,8 +197,9 @@ def _dataset_html(dataset: dict[str, Any]) -> str:
     counts = dataset.get("num_pictures", {})
     lead = (
         f"<p>Data set <code>{_e(dataset.get('dataset_hash'))}</code> from <code>{_e(dataset.get('source'))}</code>: "
-        f"{_e(len(dataset.get('classes', [])))} classes, split {_e(dataset.get('split'))}. Quarantined {_e(dataset.get('num_quarantined'))}, "
-        f"duplicates {_e(dataset.get('num_duplicates'))} (of them {_e(dataset.get('num_leaks'))} leaked between splits).</p>"
+        f"{_e(len(dataset.get('classes', [])))} classes, split {_e(dataset.get('split'))}. "
+        f"Quarantined {_e(dataset.get('num_quarantined'))}, duplicates {_e(dataset.get('num_duplicates'))} "
+        f"(of them {_e(dataset.get('num_leaks'))} leaked between splits).</p>"
     )
     lead += "".join(f"<p class=muted>{_e(note)}</p>" for note in dataset.get("notes", []))
     totals = _table(["split", "pictures"], [[name, counts.get(name)] for name in ("train", "valid", "test")])
@@ -278,7 +283,8 @@ def _html(title: str, body: str) -> str:
 
 def _profiler_page(facts: dict[str, Any], root: Path) -> str:
     rows: list[list[object]] = [
-        [name, "fired" if part["RuleTriggered"] else "fine", part["Detail"], part["Remedy"]] for name, part in facts["profiler"].items()
+        [name, "fired" if part["RuleTriggered"] else "fine", part["Detail"], part["Remedy"]]
+        for name, part in facts["profiler"].items()
     ]
     table = _table(["rule", "state", "what it saw", "what to do"], rows)
     return _html(f"Profiler report of run {facts['run']}", table + _machine_html(root, facts))

@@ -34,7 +34,7 @@ class PictureError(ValueError):
     """A file that is not a picture we accept; the message says why."""
 
 
-class PictureTooLarge(PictureError):
+class PictureTooLargeError(PictureError):
     """More pixels than MAX_PIXELS."""
 
 
@@ -72,23 +72,22 @@ class Preprocessing:
         return asdict(self)
 
 
-def open_picture(source: bytes | io.BufferedIOBase) -> Image.Image:
+def open_picture(source: bytes) -> Image.Image:
     """Read the header only. Raises PictureError for other formats, several frames, or too many pixels."""
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        picture = Image.open(stream, formats=FORMATS)
+        picture = Image.open(io.BytesIO(source), formats=FORMATS)
     except Image.DecompressionBombError as problem:
-        raise PictureTooLarge(str(problem)) from None
+        raise PictureTooLargeError(str(problem)) from None
     except Exception as problem:  # decoders raise many kinds (OSError, SyntaxError, struct.error…)
         raise PictureError(f"not a picture in one of the formats {', '.join(FORMATS)}") from problem
     if picture.width * picture.height > MAX_PIXELS:
-        raise PictureTooLarge(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS:,}")
+        raise PictureTooLargeError(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS:,}")
     if getattr(picture, "n_frames", 1) > 1:
         raise PictureError("animated or multi-page picture")
     return picture
 
 
-def decode(source: bytes | io.BufferedIOBase) -> Image.Image:
+def decode(source: bytes) -> Image.Image:
     """An upright RGB picture. Raises PictureError."""
     picture = open_picture(source)
     try:
@@ -192,11 +191,13 @@ class OnnxModel:
 
     def logits(self, batch: Floats) -> Floats:
         """``(B, 3, S, S) float32`` to ``(B, classes) float32``."""
-        return np.asarray(self._session.run(None, {self._input: batch})[0], dtype=np.float32)
+        logits: Floats = np.asarray(self._session.run(None, {self._input: batch})[0], dtype=np.float32)
+        return logits
 
     def predict(self, picture: Image.Image) -> Floats:
         """Calibrated probabilities ``(classes,)`` of one decoded picture."""
-        return softmax(self.logits(preprocess(picture, self.preprocessing)), self.temperature)[0]
+        probabilities: Floats = softmax(self.logits(preprocess(picture, self.preprocessing)), self.temperature)[0]
+        return probabilities
 
     def describe(self) -> dict[str, Any]:
         """What an answer says about the model."""

@@ -211,12 +211,17 @@ def check_url(url: str, allowed: Sequence[str]) -> None:
     _public_host(parts.hostname, allowed)
 
 
+def _request(url: str, method: str = "GET") -> urllib.request.Request:
+    """A request for an address that ``check_url`` has accepted."""
+    return urllib.request.Request(url, method=method, headers={"User-Agent": "image-classifier"})  # noqa: S310 - https only
+
+
 def _fetch(url: str, target: Path, allowed: Sequence[str]) -> str | None:
     """Download ``url``; returns its ETag or Last-Modified."""
     check_url(url, allowed)
     opener = urllib.request.build_opener(_CheckedRedirects(allowed))
     try:
-        with opener.open(urllib.request.Request(url, headers={"User-Agent": "image-classifier"}), timeout=60) as answer:
+        with opener.open(_request(url), timeout=60) as answer:
             copied = 0
             with target.open("wb") as out:
                 while block := answer.read(1 << 20):
@@ -235,7 +240,7 @@ def remote_tag(url: str, allowed: Sequence[str]) -> str | None:
     check_url(url, allowed)
     opener = urllib.request.build_opener(_CheckedRedirects(allowed))
     try:
-        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "image-classifier"})
+        request = _request(url, "HEAD")
         with opener.open(request, timeout=30) as answer:
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
             return f"{tag}\0{answer.headers.get('Content-Length')}" if tag else None

@@ -74,9 +74,7 @@ def _features_run(config: TrainingConfig, info: DatasetInfo) -> Setup:
     torch.manual_seed(config.seed)
     head = model.StandardisedHead(inputs.mean(dim=0), inputs.std(dim=0), info.num_classes)
     preprocessing = found.preprocessing
-    config = replace(
-        config, backbone=found.backbone, image_size=preprocessing.image_size, resize_size=preprocessing.resize_size
-    )
+    config = replace(config, backbone=found.backbone, image_size=preprocessing.image_size, resize_size=preprocessing.resize_size)
     train = FeatureBatches(inputs, labels, config, train=True)
     valid = FeatureBatches(*features.load(folder, "valid"), config, train=False)
     return Setup(config, info, head, train, valid, preprocessing, "fp32", folder)
