@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import base64
 import json
+import os
 import re
 import shutil
 import signal
@@ -38,6 +39,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _MAX_BODY_BYTES = 32 * 1024 * 1024
 _INVOKE = re.compile(r"/endpoints/([^/]+)/invocations")
+_SHUTDOWN_LIMIT_S = 5
 _BUILD_OPERATIONS = frozenset({"StartBuild", "BatchGetBuilds", "StopBuild"})
 
 
@@ -237,8 +239,15 @@ async def _serve(cloud: LocalCloud, port: int, lifeline: bool) -> None:
     async def until_stopped() -> None:
         await stopped.wait()
         await asyncio.to_thread(cloud.stop)
+        # Children are gone by now. A request that hangs (a deployment waiting for its Lambda) must not keep the port.
+        threading.Timer(_SHUTDOWN_LIMIT_S, _leave, [cloud.root]).start()
 
     await serve(cloud, config, shutdown_trigger=until_stopped)  # type: ignore[arg-type]
+
+
+def _leave(root: Path) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    os._exit(0)
 
 
 def _has_ipv6(port: int) -> bool:
@@ -266,7 +275,7 @@ def main() -> None:
     try:
         asyncio.run(_serve(cloud, arguments.port, arguments.lifeline))
     finally:
-        shutil.rmtree(arguments.root, ignore_errors=True)
+        _leave(arguments.root)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pytest
 pytestmark = pytest.mark.pipeline
 
 STATES = (
-    "ReadInput", "PrepareData", "Tune", "Train", "Evaluate", "Report", "QualityGate", "BuildServer", "Register", "SmokeTest", "Publish",
+    "ReadInput", "PrepareData", "Tune", "Train", "Evaluate", "Report", "QualityGate", "BuildServer", "Register",
+    "SmokeTest", "Publish",
 )  # fmt: skip
 
 
