@@ -82,7 +82,9 @@ def accept_for_server(project: IConstruct) -> None:
 def accept_for_api(api: IConstruct) -> None:
     """The public API."""
     accept(api, "APIG2", "Bodies are pictures; type, size and header are checked by the Lambda, which a schema cannot do.")
-    accept(api, "APIG3", "A web ACL costs more per month than this stack; throttling and a token protect it. Add one in production.")
+    accept(
+        api, "APIG3", "A web ACL costs more per month than this stack; throttling and a token protect it. Add one in production."
+    )
     accept(api, "APIG4", "The page, /health and the API description are public on purpose and reveal nothing.")
     accept(api, "COG4", "A Lambda authorizer checks a token, or IAM a signature; there are no user accounts to keep in Cognito.")
     accept(

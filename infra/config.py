@@ -38,8 +38,8 @@ class Tuning(Section):
     """Defaults of the hyperparameter search, overridable field by field in the state machine's input."""
 
     strategy: Literal["Bayesian", "Random", "Grid", "Hyperband"] = "Bayesian"
-    max_jobs: int = Field(4, ge=1, le=500)
-    max_parallel_jobs: int = Field(2, ge=1, le=100)
+    max_jobs: int = Field(default=4, ge=1, le=500)
+    max_parallel_jobs: int = Field(default=2, ge=1, le=100)
     learning_rate: tuple[float, float] = (0.01, 0.1)
     """Smallest and largest learning rate, searched on a logarithmic scale."""
     batch_size: tuple[int, ...] = (64, 128, 256)
@@ -70,10 +70,10 @@ class MachineInput(Section):
     source: str = Field(min_length=1)
     """``https://`` archive on an allowed host, ``s3://`` prefix or archive, or a key prefix in the data bucket."""
     recipe: Literal["head", "finetune", "scratch"] = "head"
-    backbone: str = Field("mobilenet_v2", pattern=r"^[a-z][a-z0-9_]*$")
+    backbone: str = Field(default="mobilenet_v2", pattern=r"^[a-z][a-z0-9_]*$")
     pretrained: str = "torchvision"
     """``torchvision``, ``none``, or a URI or key of a state dict (.pth, .pt, .safetensors)."""
-    image_size: int = Field(224, ge=16, le=1024)
+    image_size: int = Field(default=224, ge=16, le=1024)
     hyperparameters: dict[str, str | bool | int | float] = {}
     tuning: Tuning = Tuning()
     quality_gate: QualityGate = QualityGate()
@@ -90,12 +90,12 @@ class Jobs(Section):
     """Machines for one kind of job."""
 
     instance_type: InstanceType = "ml.m5.xlarge"
-    instance_count: int = Field(1, ge=1, le=20)
-    volume_gb: int = Field(30, ge=10, le=16384)
-    max_runtime_s: int = Field(3600, ge=60, le=432_000)
+    instance_count: int = Field(default=1, ge=1, le=20)
+    volume_gb: int = Field(default=30, ge=10, le=16384)
+    max_runtime_s: int = Field(default=3600, ge=60, le=432_000)
     spot: bool = False
     """Managed spot training: cheaper, may be interrupted. Processing jobs have no spot."""
-    max_wait_s: int = Field(0, ge=0, le=432_000)
+    max_wait_s: int = Field(default=0, ge=0, le=432_000)
     """Longest time for running plus waiting for spot capacity; 0 means twice ``max_runtime_s``."""
 
     @property
@@ -120,11 +120,11 @@ class Endpoint(Section):
 
     mode: Literal["serverless", "realtime"] = "serverless"
     memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144] = 2048
-    max_concurrency: int = Field(5, ge=1, le=200)
+    max_concurrency: int = Field(default=5, ge=1, le=200)
     instance_type: InstanceType = "ml.c6i.large"
-    min_instances: int = Field(1, ge=1, le=100)
-    max_instances: int = Field(1, ge=1, le=100)
-    deadline_s: int = Field(1800, ge=60, le=14_400)
+    min_instances: int = Field(default=1, ge=1, le=100)
+    max_instances: int = Field(default=1, ge=1, le=100)
+    deadline_s: int = Field(default=1800, ge=60, le=14_400)
     """Longest time to wait for the endpoint to become InService."""
 
     @model_validator(mode="after")
@@ -138,10 +138,10 @@ class Api(Section):
     """The public HTTP interface."""
 
     auth: Literal["token", "iam"] = "token"
-    throttle_rate: float = Field(20, gt=0, le=10_000)
+    throttle_rate: float = Field(default=20, gt=0, le=10_000)
     """Requests per second, over all callers."""
-    throttle_burst: int = Field(40, ge=1, le=5_000)
-    max_megapixels: int = Field(50, ge=1, le=500)
+    throttle_burst: int = Field(default=40, ge=1, le=5_000)
+    max_megapixels: int = Field(default=50, ge=1, le=500)
     """Pictures with more pixels are refused from their header, before anything is decoded."""
 
 
@@ -149,7 +149,7 @@ class StageConfig(Section):
     """Everything that differs between stages."""
 
     stage: str = Field(pattern=r"^[a-z][a-z0-9]{0,9}$")
-    name: str = Field("dogs", pattern=r"^[a-z][a-z0-9-]*$")
+    name: str = Field(default="dogs", pattern=r"^[a-z][a-z0-9-]*$")
     removal: Literal["destroy", "retain"] = "destroy"
     """What happens to data when the stack is deleted."""
     retention_days: Literal[1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731] = 14
@@ -163,7 +163,7 @@ class StageConfig(Section):
     processing: Jobs = Jobs()
     tuning_jobs: Jobs = Jobs()
     training: Jobs = Jobs()
-    max_trials: int = Field(100, ge=1, le=500)
+    max_trials: int = Field(default=100, ge=1, le=500)
     """Upper limit of ``tuning.max_jobs`` in an execution's input: a guard against an expensive typing error."""
     endpoint: Endpoint = Endpoint()
     api: Api = Api()
@@ -173,9 +173,9 @@ class StageConfig(Section):
     """Adds SageMaker Debugger's own fields to the training request. Closed to new customers since 2026-07-30."""
     serving_image_uri: str = ""
     """An existing serving image in ECR; empty: CodeBuild builds one from model_code/Dockerfile when it is missing."""
-    poll_seconds: int = Field(15, ge=1, le=300)
+    poll_seconds: int = Field(default=15, ge=1, le=300)
     """Pause between two looks at a changing endpoint."""
-    alarm_email: str = Field("", pattern=r"^$|^[^@\s]+@[^@\s]+$")
+    alarm_email: str = Field(default="", pattern=r"^$|^[^@\s]+@[^@\s]+$")
 
     @property
     def prefix(self) -> str:
@@ -194,7 +194,9 @@ class StageConfig(Section):
         if "{api}" not in self.api_url:
             raise ValueError(f"api_url is {self.api_url!r}; expected a template with {{api}}")
         if self.input.tuning.max_jobs > self.max_trials:
-            raise ValueError(f"input.tuning.max_jobs is {self.input.tuning.max_jobs}; expected at most max_trials = {self.max_trials}")
+            raise ValueError(
+                f"input.tuning.max_jobs is {self.input.tuning.max_jobs}; expected at most max_trials = {self.max_trials}"
+            )
         if self.processing.spot:
             raise ValueError("processing.spot is true; expected false: SageMaker has no spot for processing jobs")
         return self
@@ -256,7 +258,7 @@ def _override(text: Any) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"override is {text!r}; expected a JSON object ({error}).") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"override is {text!r}; expected a JSON object such as '{{\"training\": {{\"spot\": true}}}}'.")
+        raise ConfigError(f'override is {text!r}; expected a JSON object such as \'{{"training": {{"spot": true}}}}\'.')
     return value
 
 

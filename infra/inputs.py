@@ -89,7 +89,9 @@ def _top_level(config: StageConfig) -> list[str]:
         _one_of("action", "$i.action", ("train", "deploy")),
         _bad("source", "$i.source", _source(config), _source_expectation(config)),
         _one_of("recipe", "$i.recipe", RECIPES),
-        _bad("backbone", "$i.backbone", "$contains($text($i.backbone), /^[a-z][a-z0-9_]*$/)", "a torchvision name such as resnet18"),
+        _bad(
+            "backbone", "$i.backbone", "$contains($text($i.backbone), /^[a-z][a-z0-9_]*$/)", "a torchvision name such as resnet18"
+        ),
         _bad("pretrained", "$i.pretrained", _pretrained(), _pretrained_expectation()),
         _bad(
             "pretrained",
@@ -181,8 +183,15 @@ def _tuning(config: StageConfig) -> list[str]:
     return [
         _bad("tuning", "$i.tuning", "$type($i.tuning) = 'object'", 'an object such as {"max_jobs": 8}'),
         _one_of("tuning.strategy", "$t.strategy", STRATEGIES),
-        _bad("tuning.max_jobs", "$t.max_jobs", f"$whole($t.max_jobs, 1, {config.max_trials})", f"an integer from 1 to {config.max_trials}"),
-        _bad("tuning.max_parallel_jobs", "$t.max_parallel_jobs", "$whole($t.max_parallel_jobs, 1, 100)", "an integer from 1 to 100"),
+        _bad(
+            "tuning.max_jobs",
+            "$t.max_jobs",
+            f"$whole($t.max_jobs, 1, {config.max_trials})",
+            f"an integer from 1 to {config.max_trials}",
+        ),
+        _bad(
+            "tuning.max_parallel_jobs", "$t.max_parallel_jobs", "$whole($t.max_parallel_jobs, 1, 100)", "an integer from 1 to 100"
+        ),
         _bad("tuning.learning_rate", "$t.learning_rate", rate, "[smallest, largest] with 0 < smallest < largest <= 10"),
         _bad("tuning.batch_size", "$t.batch_size", sizes, "a list of integers from 1 to 8192, such as [64, 128, 256]"),
         _one_of("tuning.early_stopping", "$t.early_stopping", ("Off", "Auto")),

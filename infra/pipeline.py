@@ -7,6 +7,7 @@ shows. Run-time facts live in variables (``Assign``); failures of any state end 
 from __future__ import annotations
 
 import json
+
 from aws_cdk import aws_iam as iam
 from aws_cdk import aws_stepfunctions as sfn
 from constructs import Construct
@@ -165,9 +166,7 @@ def _data_states(config: StageConfig) -> Json:
             "Choices": [{"Condition": ask("$request.recipe = 'head'"), "Next": "CacheFeatures"}],
             "Default": "Tune",
         },
-        "CacheFeatures": _job(
-            "CacheFeatures", "createProcessingJob", requests.cache_features(config), processing.wait_s, "Tune"
-        ),
+        "CacheFeatures": _job("CacheFeatures", "createProcessingJob", requests.cache_features(config), processing.wait_s, "Tune"),
     }
 
 
@@ -270,9 +269,7 @@ def _built_image() -> Json:
         "Register",
     )
     find["Assign"] = {"image": "${ServerImage}"}
-    find["Catch"].insert(
-        0, {"ErrorEquals": ["Ecr.ImageNotFoundException", "ECR.ImageNotFoundException"], "Next": "BuildServer"}
-    )
+    find["Catch"].insert(0, {"ErrorEquals": ["Ecr.ImageNotFoundException", "ECR.ImageNotFoundException"], "Next": "BuildServer"})
     build = _task(
         "BuildServer",
         "arn:aws:states:::codebuild:startBuild.sync",
@@ -340,9 +337,7 @@ def _change_states(config: StageConfig) -> Json:
     create["Assign"] = {"polls": 0, "previous_config": ""}
     update = _task("UpdateEndpoint", f"{OPTIMIZED}:updateEndpoint", requests.update_endpoint(config), "WaitForEndpoint")
     update["Assign"] = {"polls": 0, "previous_config": ask("$endpoint.config")}
-    delete = _task(
-        "DeleteFailedEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "WaitForOthers"
-    )
+    delete = _task("DeleteFailedEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "WaitForOthers")
     in_time = f"$polls < {_max_polls(config)}"
     return {
         "FindEndpoint": _describe(config, "FindEndpoint", "Deploy"),

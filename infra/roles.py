@@ -40,9 +40,7 @@ WRITES: dict[str, tuple[str, ...]] = {
 """Keys of the data bucket that each kind of job writes."""
 
 
-def allow(
-    role: iam.Role, actions: list[str], resources: list[str], conditions: dict[str, Any] | None = None
-) -> None:
+def allow(role: iam.Role, actions: list[str], resources: list[str], conditions: dict[str, Any] | None = None) -> None:
     """Grant actions on resources."""
     role.add_to_policy(iam.PolicyStatement(actions=actions, resources=resources, conditions=conditions))
 
@@ -82,9 +80,7 @@ def write_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> Non
 class JobRoles(Construct):
     """The roles that SageMaker's jobs and endpoint take."""
 
-    def __init__(
-        self, scope: Construct, construct_id: str, *, config: StageConfig, bucket: s3.IBucket, code: assets.Asset
-    ) -> None:
+    def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig, bucket: s3.IBucket, code: assets.Asset) -> None:
         super().__init__(scope, construct_id)
         self.roles = {name: self._job_role(name, bucket, code) for name in ROLES}
         for source in config.source_buckets:
@@ -157,7 +153,11 @@ def training_image(scope: Construct, gpu: bool) -> str:
 def grant_orchestration(role: iam.Role, *, config: StageConfig, bucket: s3.IBucket, job_roles: list[str]) -> None:
     """What the state machine needs to start, watch and stop this stage's jobs and to change its endpoint."""
     prefix = config.prefix
-    jobs = {"training-job": "TrainingJob", "processing-job": "ProcessingJob", "hyper-parameter-tuning-job": "HyperParameterTuningJob"}
+    jobs = {
+        "training-job": "TrainingJob",
+        "processing-job": "ProcessingJob",
+        "hyper-parameter-tuning-job": "HyperParameterTuningJob",
+    }
     for kind, call in jobs.items():
         allow(
             role,

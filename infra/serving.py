@@ -125,9 +125,7 @@ class ServerImage(Construct):
                 compute_type=codebuild.ComputeType.SMALL,
                 privileged=True,
             ),
-            environment_variables={
-                name: codebuild.BuildEnvironmentVariable(value=value) for name, value in variables.items()
-            },
+            environment_variables={name: codebuild.BuildEnvironmentVariable(value=value) for name, value in variables.items()},
             timeout=Duration.minutes(30),
             queued_timeout=Duration.minutes(30),
             grant_report_group_permissions=False,
@@ -247,7 +245,7 @@ class PredictApi(Construct):
             "Authorize",
             config=self.config,
             code=code.lambda_folder("authorize"),
-            handler="handler.handle",
+            handler="authorize.handle",
             description="Compares the bearer token with the secret",
             environment={"TOKEN_SECRET_ARN": self.secret.secret_arn},
             timeout_s=10,

@@ -87,7 +87,7 @@ class ImageClassifier(Stack):
         cleaner.function.grant_invoke(machine_role)
         notifications.topic.grant_publish(machine_role)
         if config.endpoint.mode == "realtime":
-            alarms = f"arn:{Aws.PARTITION}:cloudwatch:{Aws.REGION}:{Aws.ACCOUNT_ID}:alarm:{config.prefix}-*"
+            alarms = f"arn:{Aws.PARTITION}:cloudwatch:{Aws.REGION}:{Aws.ACCOUNT_ID}:alarm:{config.prefix}-endpoint-errors"
             allow(machine_role, ["cloudwatch:DescribeAlarms"], [alarms])
         server.repository.grant_pull(jobs.endpoint)
         endpoint = f"arn:{Aws.PARTITION}:sagemaker:{Aws.REGION}:{Aws.ACCOUNT_ID}:endpoint/{config.prefix}"

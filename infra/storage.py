@@ -17,9 +17,7 @@ class Storage(Construct):
         self.logs = self._bucket("Logs", config, rules=[self._expiry("logs", config.retention_days)])
         self.data = self._bucket("Data", config, rules=self._data_rules(config), logs=self.logs)
 
-    def _bucket(
-        self, name: str, config: StageConfig, *, rules: list[s3.LifecycleRule], logs: s3.Bucket | None = None
-    ) -> s3.Bucket:
+    def _bucket(self, name: str, config: StageConfig, *, rules: list[s3.LifecycleRule], logs: s3.Bucket | None = None) -> s3.Bucket:
         """One bucket with everything that all our buckets have in common."""
         common = s3.LifecycleRule(
             id="unfinished-and-superseded",
@@ -54,9 +52,7 @@ class Storage(Construct):
             s3.LifecycleRule(
                 id="datasets-to-infrequent-access",
                 prefix="datasets/",
-                transitions=[
-                    s3.Transition(storage_class=s3.StorageClass.INTELLIGENT_TIERING, transition_after=Duration.days(30))
-                ],
+                transitions=[s3.Transition(storage_class=s3.StorageClass.INTELLIGENT_TIERING, transition_after=Duration.days(30))],
             ),
         ]
 

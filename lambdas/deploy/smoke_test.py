@@ -85,8 +85,11 @@ def _headers(url: str, picture: bytes, kind: str) -> dict[str, str]:
     if os.environ.get("AUTH", "token") == "token":
         return {"Content-Type": kind, "Authorization": f"Bearer {_token()}"}
     session = boto3.Session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise SmokeTestFailed("No AWS credentials; expected the Lambda's role to give some.")
     request = AWSRequest(method="POST", url=url, data=picture, headers={"Content-Type": kind})
-    SigV4Auth(session.get_credentials(), "execute-api", session.region_name).add_auth(request)
+    SigV4Auth(credentials, "execute-api", session.region_name).add_auth(request)
     return dict(request.headers.items())
 
 

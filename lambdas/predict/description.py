@@ -40,7 +40,7 @@ def description(auth: str) -> dict[str, Any]:
         if auth == "token"
         else {"type": "apiKey", "name": "Authorization", "in": "header", "x-amazon-apigateway-authtype": "awsSigv4"}
     )
-    closed = [{"auth": []}]
+    closed: list[dict[str, list[str]]] = [{"auth": []}]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Image classifier", "version": "1"},
@@ -75,7 +75,7 @@ def _predict(closed: list[dict[str, list[str]]]) -> dict[str, Any]:
         "parameters": [
             {"name": "top_k", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5}}
         ],
-        "requestBody": {"required": True, "content": {kind: binary for kind in kinds}},
+        "requestBody": {"required": True, "content": dict.fromkeys(kinds, binary)},
         "responses": _answers(_RESULT),
     }
 

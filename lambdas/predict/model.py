@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import boto3
@@ -89,7 +89,7 @@ class Model:
         message = error.response["Error"].get("Message", "")
         if code == "ModelError":
             return _model_error(error)
-        if code == "ValidationError" or code == "ValidationException":
+        if code in {"ValidationError", "ValidationException"}:
             if "not found" in message or "ould not find" in message:
                 return self._no_model()
             # An endpoint that is being created or has failed exists, but cannot be asked.
@@ -99,9 +99,10 @@ class Model:
 
 def _model_error(error: ClientError) -> HttpError:
     """The server's own answer, where it is one of ours; anything else is the model's fault."""
-    status = int(error.response.get("OriginalStatusCode", 500))
+    response = cast(dict[str, Any], error.response)
+    status = int(response.get("OriginalStatusCode", 500))
     try:
-        inner = json.loads(error.response.get("OriginalMessage", ""))["error"]
+        inner = json.loads(response.get("OriginalMessage", ""))["error"]
         code, message = str(inner["code"]), str(inner["message"])
     except (ValueError, KeyError, TypeError):
         code, message = "model_failed", "The model failed on this picture; its log in CloudWatch says why."

@@ -523,7 +523,7 @@ def test_a_failed_endpoint_is_deleted_and_made_again():
 def test_an_endpoint_that_never_settles_ends_at_the_deadline():
     moving = {"EndpointStatus": "Creating", "EndpointConfigName": "x"}
     account = Account(CheckEndpoint=[moving] * 1000)
-    machine, last, output = walk({}, account=account, poll_seconds=60)
+    _, last, output = walk({}, account=account, poll_seconds=60)
     assert last == "Failed"
     assert "is Creating" in output["Cause"]
     assert "1800 s" in output["Cause"]
@@ -541,7 +541,7 @@ def test_a_failed_smoke_test_brings_the_previous_configuration_back():
 
 def test_a_first_deployment_that_fails_leaves_no_endpoint():
     account = Account(SmokeTest=TaskError("WrongAnswers", "wrong"))
-    machine, last, _ = walk({}, account=account)
+    _, last, _ = walk({}, account=account)
     assert last == "Failed"
     assert account.endpoint is None
 

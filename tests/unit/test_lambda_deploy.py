@@ -1,0 +1,235 @@
+"""Smoke test, clean-up after failures, clean-up on deletion, and the authorizer, with stubbed services."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.response import StreamingBody
+from botocore.stub import ANY, Stubber
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "lambdas" / "deploy"), str(ROOT / "lambdas" / "authorize")]
+
+import authorize  # noqa: E402
+import clean_up  # noqa: E402
+import on_destroy  # noqa: E402
+import smoke_test  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch):
+    values = {
+        "ENDPOINT_NAME": "dogs-dev",
+        "TOKEN_SECRET_ARN": "arn:secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+
+
+def stubbed(monkeypatch: pytest.MonkeyPatch, **services: Any) -> None:
+    """``boto3.client`` gives these."""
+    monkeypatch.setattr(boto3, "client", lambda name, **_: services[name.replace("-", "_")])
+
+
+def client(name: str) -> Any:
+    return boto3.session.Session().client(name)
+
+
+# --- authorizer ------------------------------------------------------------------------------------------------------------
+
+METHOD = "arn:aws:execute-api:us-east-1:000000000000:abc/dev/POST/predict"
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubber]:
+    secrets = client("secretsmanager")
+    stubbed(monkeypatch, secretsmanager=secrets)
+    authorize.secret.cache_clear()
+    with Stubber(secrets) as stub:
+        stub.add_response("get_secret_value", {"SecretString": "right"}, {"SecretId": "arn:secret"})
+        yield stub
+    authorize.secret.cache_clear()
+
+
+def test_the_right_token_may_call_every_method_of_its_stage(secret: Stubber):
+    for token in ("Bearer right", "bearer right"):
+        policy = authorize.handle({"authorizationToken": token, "methodArn": METHOD}, None)
+        statement = policy["policyDocument"]["Statement"][0]
+        assert statement["Effect"] == "Allow"
+        assert statement["Resource"] == "arn:aws:execute-api:us-east-1:000000000000:abc/dev/*/*"
+    secret.assert_no_pending_responses()
+
+
+@pytest.mark.parametrize("token", ["", "Bearer", "Bearer ", "Bearer wrong", "right", "Basic right", "Bearer rïght"])
+def test_any_other_token_is_unauthorized(secret: Stubber, token: str):
+    with pytest.raises(Exception, match=r"^Unauthorized$"):
+        authorize.handle({"authorizationToken": token, "methodArn": METHOD}, None)
+
+
+# --- smoke test ------------------------------------------------------------------------------------------------------------
+
+
+class Api:
+    """An HTTP server that answers POSTs with prepared statuses and labels, in order."""
+
+    def __init__(self, answers: list[tuple[int, str]]) -> None:
+        self.tokens: list[str] = []
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                api.tokens.append(self.headers["Authorization"])
+                status, label = answers.pop(0)
+                body = {"predictions": [{"label": label, "probability": 1}], "model": {"run": "run-1"}}
+                content = json.dumps(body if status == 200 else {"error": {"code": "x", "message": label}}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+
+    def __enter__(self) -> Api:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/dev"
+
+
+def smoke(monkeypatch: pytest.MonkeyPatch, answers: list[tuple[int, str]], run: str = "run-1") -> Any:
+    """One smoke test of three pictures, all of class cat."""
+    s3, secrets = client("s3"), client("secretsmanager")
+    examples = [{"file": f"{index}.png", "expected": "cat"} for index in range(3)]
+    bodies = {"smoke.json": json.dumps(examples).encode(), **{f"{index}.png": b"picture" for index in range(3)}}
+    stubbed(monkeypatch, s3=s3, secretsmanager=secrets)
+    monkeypatch.setattr(smoke_test, "PAUSE_S", 0.01)
+    with Stubber(s3) as objects, Stubber(secrets) as tokens, Api(answers) as api:
+        for name, content in bodies.items():
+            expected = {"Bucket": "data", "Key": f"runs/run-1/evaluation/smoke/{name}"}
+            objects.add_response("get_object", {"Body": StreamingBody(io.BytesIO(content), len(content))}, expected)
+        for _ in range(10):
+            tokens.add_response("get_secret_value", {"SecretString": "right"}, {"SecretId": ANY})
+        monkeypatch.setenv("API_URL", api.url)
+        result = smoke_test.handle({"smoke_uri": "s3://data/runs/run-1/evaluation/smoke/", "run": run}, None)
+        assert set(api.tokens) == {"Bearer right"}
+        return result
+
+
+def test_right_answers_pass(monkeypatch: pytest.MonkeyPatch):
+    assert smoke(monkeypatch, [(200, "cat")] * 3) == {"pictures": 3, "correct": 3}
+
+
+def test_a_starting_model_is_waited_for_and_one_wrong_answer_is_borne(monkeypatch: pytest.MonkeyPatch):
+    answers = [(503, "starting"), (503, "starting"), (200, "cat"), (200, "dog"), (200, "cat")]
+    assert smoke(monkeypatch, answers) == {"pictures": 3, "correct": 2}
+
+
+def test_wrong_answers_fail_with_their_names(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(smoke_test.SmokeTestFailed, match=r"2 of 3 pictures .*0\.png: dog, expected cat"):
+        smoke(monkeypatch, [(200, "dog"), (200, "dog"), (200, "cat")])
+
+
+def test_a_refusal_is_not_retried(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(smoke_test.SmokeTestFailed, match="answered 401"):
+        smoke(monkeypatch, [(401, "no")])
+
+
+def test_an_answer_of_another_model_fails(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(smoke_test.SmokeTestFailed, match="model of run run-1; expected run run-2"):
+        smoke(monkeypatch, [(200, "cat")] * 3, run="run-2")
+
+
+def test_waiting_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smoke_test, "DEADLINE_S", 0.05)
+    with pytest.raises(smoke_test.SmokeTestFailed, match="of trying"):
+        smoke(monkeypatch, [(503, "starting")] * 50)
+
+
+# --- clean-up --------------------------------------------------------------------------------------------------------------
+
+MADE = {"model": "dogs-dev-1", "endpoint_config": "dogs-dev-2"}
+
+
+def test_what_the_run_made_is_removed(monkeypatch: pytest.MonkeyPatch):
+    sagemaker = client("sagemaker")
+    stubbed(monkeypatch, sagemaker=sagemaker)
+    with Stubber(sagemaker) as stub:
+        stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "dogs-dev-2"})
+        stub.add_response("delete_model", {}, {"ModelName": "dogs-dev-1"})
+        assert clean_up.handle(MADE, None) == {"removed": ["dogs-dev-2", "dogs-dev-1"]}
+
+
+def test_what_serves_is_kept(monkeypatch: pytest.MonkeyPatch):
+    sagemaker = client("sagemaker")
+    monkeypatch.setattr(boto3, "client", lambda *_, **__: sagemaker)
+    monkeypatch.setattr(clean_up, "serving_config", lambda _: "dogs-dev-2")
+    with Stubber(sagemaker):
+        assert clean_up.handle(MADE, None)["removed"] == []
+
+
+def test_nothing_made_removes_nothing(monkeypatch: pytest.MonkeyPatch):
+    sagemaker = client("sagemaker")
+    stubbed(monkeypatch, sagemaker=sagemaker)
+    with Stubber(sagemaker):
+        assert clean_up.handle({"model": "", "endpoint_config": ""}, None) == {"removed": []}
+
+
+def test_names_of_others_are_refused(monkeypatch: pytest.MonkeyPatch):
+    stubbed(monkeypatch, sagemaker=client("sagemaker"))
+    with pytest.raises(ValueError, match="expected a name that begins with 'dogs-dev-'"):
+        clean_up.handle({"model": "someone-elses"}, None)
+
+
+def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPatch):
+    sagemaker, states = client("sagemaker"), client("stepfunctions")
+    stubbed(monkeypatch, sagemaker=sagemaker, stepfunctions=states)
+    answered: list[dict[str, Any]] = []
+    monkeypatch.setattr(on_destroy, "_respond", lambda event, status, reason: answered.append({"status": status, "reason": reason}))
+    with Stubber(sagemaker) as stub, Stubber(states) as machine:
+        machine.add_response("list_executions", {"executions": []})
+        stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
+        made = {"EndpointConfigName": "dogs-dev-2", "EndpointConfigArn": "a" * 20, "CreationTime": 0}
+        others = {"EndpointConfigName": "other-dogs-dev-2", "EndpointConfigArn": "a" * 20, "CreationTime": 0}
+        stub.add_response("list_endpoint_configs", {"EndpointConfigs": [made, others]})
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "dogs-dev-2"})
+        stub.add_response("list_models", {"Models": []})
+        stub.add_client_error("list_model_packages", "ValidationException", "Model package group does not exist.")
+        properties = {"Prefix": "dogs-dev", "StateMachineArn": "arn:machine", "DeletePackages": "true"}
+        on_destroy.handle({"RequestType": "Delete", "ResourceProperties": properties}, None)
+        stub.assert_no_pending_responses()
+    assert answered == [{"status": "SUCCESS", "reason": ""}]
+
+
+def test_cloudformation_always_gets_an_answer(monkeypatch: pytest.MonkeyPatch):
+    answered: list[str] = []
+    monkeypatch.setattr(on_destroy, "_respond", lambda event, status, reason: answered.append(f"{status} {reason}"))
+    on_destroy.handle({"RequestType": "Create", "ResourceProperties": {}}, None)
+    on_destroy.handle({"RequestType": "Delete", "ResourceProperties": {}}, None)
+    assert answered[0].startswith("SUCCESS")
+    assert answered[1].startswith("FAILED")
