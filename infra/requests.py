@@ -118,6 +118,7 @@ def cache_features(config: StageConfig) -> Json:
         "backbone": ask("$request.backbone"),
         "pretrained": ask("$pretrained"),
         "image_size": ask("$string($request.image_size)"),
+        "resize_size": ask("$exists($static.resize_size) ? $static.resize_size : '0'"),
         "features": f"{OUTPUT}/features",
     }
     fixed = [_code(), _read("dataset", ask("$dataset.dataset_uri"))]

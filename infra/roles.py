@@ -165,7 +165,7 @@ def grant_orchestration(role: iam.Role, *, config: StageConfig, bucket: s3.IBuck
             sagemaker_arns(prefix, [kind]),
         )
     _grant_serving_changes(role, prefix)
-    taggable = sagemaker_arns(prefix, [*jobs, "model", "endpoint-config"]) + [sagemaker_arn(f"endpoint/{prefix}")]
+    taggable = [*sagemaker_arns(prefix, [*jobs, "model", "endpoint-config"]), sagemaker_arn(f"endpoint/{prefix}")]
     allow(role, ["sagemaker:AddTags", "sagemaker:ListTags"], taggable)
     allow(role, ["iam:PassRole"], job_roles, {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}})
     rules = [f"SageMaker{kind}Jobs" for kind in ("Training", "Tuning", "Processing")]

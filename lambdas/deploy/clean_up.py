@@ -1,4 +1,4 @@
-"""Removes the model and the endpoint configuration that a failed execution made: those it is given, and only if they do not serve."""
+"""Removes the model and endpoint configuration that a failed execution made: those named, and only if they do not serve."""
 
 from __future__ import annotations
 

@@ -19,23 +19,23 @@ PAUSE_S = 3
 _TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "bmp": "image/bmp"}
 
 
-class SmokeTestFailed(Exception):
+class SmokeTestError(Exception):
     """The API does not answer, or the answers are wrong. The message says which."""
 
 
 def handle(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """``{"smoke_uri", "run"}`` in, counts out. Raises SmokeTestFailed when more than one picture is classified otherwise."""
+    """``{"smoke_uri", "run"}`` in, counts out. Raises SmokeTestError when more than one picture is classified otherwise."""
     folder, examples = read_examples(boto3.client("s3"), event["smoke_uri"])
     deadline = time.monotonic() + DEADLINE_S
     wrong = []
     for example in examples:
         label, run = ask(example["file"], read(folder, example["file"]), deadline)
         if run is not None and event.get("run") and run != event["run"]:
-            raise SmokeTestFailed(f"The API answered with the model of run {run}; expected run {event['run']}.")
+            raise SmokeTestError(f"The API answered with the model of run {run}; expected run {event['run']}.")
         if label != example["expected"]:
             wrong.append(f"{example['file']}: {label}, expected {example['expected']}")
     if len(wrong) > (1 if len(examples) > 1 else 0):
-        raise SmokeTestFailed(f"{len(wrong)} of {len(examples)} pictures were classified otherwise: {'; '.join(wrong)}.")
+        raise SmokeTestError(f"{len(wrong)} of {len(examples)} pictures were classified otherwise: {'; '.join(wrong)}.")
     return {"pictures": len(examples), "correct": len(examples) - len(wrong)}
 
 
@@ -47,7 +47,7 @@ def read_examples(s3: Any, uri: str) -> tuple[tuple[Any, str, str], list[dict[st
     folder = (s3, address.netloc, prefix)
     examples = json.loads(read(folder, "smoke.json"))
     if not examples:
-        raise SmokeTestFailed(f"{uri} names no picture; expected one to four that the evaluation classified correctly.")
+        raise SmokeTestError(f"{uri} names no picture; expected one to four that the evaluation classified correctly.")
     return folder, examples
 
 
@@ -72,11 +72,11 @@ def ask(name: str, picture: bytes, deadline: float) -> tuple[str, str | None]:
             text = error.read().decode("utf-8", "replace")[:500]
             problem = f"POST {url} answered {error.code}: {text}"
             if error.code not in {429, 500, 502, 503, 504}:
-                raise SmokeTestFailed(problem) from None
+                raise SmokeTestError(problem) from None
         except OSError as error:
             problem = f"POST {url} failed: {error}"
         if time.monotonic() + PAUSE_S > deadline:
-            raise SmokeTestFailed(f"{problem} (after {DEADLINE_S} s of trying)")
+            raise SmokeTestError(f"{problem} (after {DEADLINE_S} s of trying)")
         time.sleep(PAUSE_S)
 
 
@@ -87,7 +87,7 @@ def _headers(url: str, picture: bytes, kind: str) -> dict[str, str]:
     session = boto3.Session()
     credentials = session.get_credentials()
     if credentials is None:
-        raise SmokeTestFailed("No AWS credentials; expected the Lambda's role to give some.")
+        raise SmokeTestError("No AWS credentials; expected the Lambda's role to give some.")
     request = AWSRequest(method="POST", url=url, data=picture, headers={"Content-Type": kind})
     SigV4Auth(credentials, "execute-api", session.region_name).add_auth(request)
     return dict(request.headers.items())

@@ -16,7 +16,7 @@ from answers import HttpError, answer, error_answer, raw
 from description import description
 from model import Model
 from page import page
-from pictures import TYPES, NotAPicture, read_header
+from pictures import TYPES, NotAPictureError, read_header
 
 MAX_BYTES = 4_718_592
 """4.5 MiB: with base64 and its envelope this is what a synchronous Lambda call carries (6 MB)."""
@@ -143,7 +143,7 @@ def _check(picture: bytes) -> None:
     """Refuse from the header what the model would have to decode first."""
     try:
         header = read_header(picture)
-    except NotAPicture as error:
+    except NotAPictureError as error:
         raise HttpError(422, "not_a_picture", str(error)) from None
     limit = int(os.environ.get("MAX_MEGAPIXELS", "50"))
     if header.width * header.height > limit * 1_000_000:

@@ -1,4 +1,4 @@
-"""What a picture says about itself in its first bytes: kind and size, without decoding it (a small file can hold a huge picture)."""
+"""What a picture says about itself in its first bytes: kind and size. Nothing is decoded: a small file can hold a huge one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPES = {
 """Accepted Content-Types; the bytes decide what the picture is."""
 
 
-class NotAPicture(ValueError):
+class NotAPictureError(ValueError):
     """The bytes are no picture of a supported kind, or its header is damaged."""
 
 
@@ -33,15 +33,15 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-    """Kind, width and height from the header. Raises NotAPicture."""
+    """Kind, width and height from the header. Raises NotAPictureError."""
     try:
         header = _read(data)
     except (struct.error, IndexError, ValueError) as error:
-        raise NotAPicture("The picture's header is damaged; save it again as JPEG or PNG.") from error
+        raise NotAPictureError("The picture's header is damaged; save it again as JPEG or PNG.") from error
     if header is None:
-        raise NotAPicture("These bytes are not a JPEG, PNG, WebP, BMP or TIFF picture; check the file.")
+        raise NotAPictureError("These bytes are not a JPEG, PNG, WebP, BMP or TIFF picture; check the file.")
     if header.width < 1 or header.height < 1:
-        raise NotAPicture(f"The picture is {header.width} x {header.height} pixels; expected at least 1 x 1.")
+        raise NotAPictureError(f"The picture is {header.width} x {header.height} pixels; expected at least 1 x 1.")
     return header
 
 

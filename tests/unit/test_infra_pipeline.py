@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,59 +164,59 @@ class Account:
             raise fault
         if fault is not None:
             return fault
-        return getattr(self, f"on_{name}", lambda _: {})(request)
+        return getattr(self, "on" + re.sub("([A-Z])", r"_\1", name).lower(), lambda _: {})(request)
 
-    def on_ReadPrepared(self, request: dict[str, Any]) -> Any:
+    def on_read_prepared(self, request: dict[str, Any]) -> Any:
         result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_classes": 10}
         return {"Body": json.dumps(result)}
 
-    def on_ReadEvaluation(self, request: dict[str, Any]) -> Any:
+    def on_read_evaluation(self, request: dict[str, Any]) -> Any:
         return {"Body": json.dumps(self.summary)}
 
-    def on_Tune(self, request: dict[str, Any]) -> Any:
+    def on_tune(self, request: dict[str, Any]) -> Any:
         best = {"learning_rate": "0.0421", "batch_size": "128", "_tuning_objective_metric": "valid:best_top1"}
         return {
             "HyperParameterTuningJobName": request["HyperParameterTuningJobName"],
             "BestTrainingJob": {"TunedHyperParameters": best},
         }
 
-    def on_Train(self, request: dict[str, Any]) -> Any:
+    def on_train(self, request: dict[str, Any]) -> Any:
         artifact = f"s3://{BUCKET}/runs/run-1/training/{request['TrainingJobName']}/output/model.tar.gz"
         return {"TrainingJobName": request["TrainingJobName"], "ModelArtifacts": {"S3ModelArtifacts": artifact}}
 
-    def on_FindServerImage(self, request: dict[str, Any]) -> Any:
+    def on_find_server_image(self, request: dict[str, Any]) -> Any:
         if not self.image_built:
             raise TaskError("Ecr.ImageNotFoundException", "no such tag")
         return {}
 
-    def on_Register(self, request: dict[str, Any]) -> Any:
+    def on_register(self, request: dict[str, Any]) -> Any:
         return {"ModelPackageArn": "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/1"}
 
-    def on_CreateModel(self, request: dict[str, Any]) -> Any:
+    def on_create_model(self, request: dict[str, Any]) -> Any:
         return {"ModelArn": f"arn:aws:sagemaker:us-east-1:000000000000:model/{request['ModelName']}"}
 
-    def on_CreateEndpointConfig(self, request: dict[str, Any]) -> Any:
+    def on_create_endpoint_config(self, request: dict[str, Any]) -> Any:
         name = request["EndpointConfigName"]
         return {"EndpointConfigArn": f"arn:aws:sagemaker:us-east-1:000000000000:endpoint-config/{name}"}
 
-    def on_FindEndpoint(self, request: dict[str, Any]) -> Any:
+    def on_find_endpoint(self, request: dict[str, Any]) -> Any:
         if self.endpoint is None:
             raise TaskError("SageMaker.SageMakerException", 'Could not find endpoint "arn:…". (Service: SageMaker)')
         return self.endpoint
 
-    on_CheckEndpoint = on_CheckRestore = on_FindEndpoint
+    on_check_endpoint = on_check_restore = on_find_endpoint
 
-    def on_CreateEndpoint(self, request: dict[str, Any]) -> Any:
+    def on_create_endpoint(self, request: dict[str, Any]) -> Any:
         self.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": request["EndpointConfigName"]}
         return {}
 
-    on_UpdateEndpoint = on_RestorePrevious = on_CreateEndpoint
+    on_update_endpoint = on_restore_previous = on_create_endpoint
 
-    def on_DeleteFailedEndpoint(self, request: dict[str, Any]) -> Any:
+    def on_delete_failed_endpoint(self, request: dict[str, Any]) -> Any:
         self.endpoint = None
         return {}
 
-    on_RemoveEndpoint = on_DeleteFailedEndpoint
+    on_remove_endpoint = on_delete_failed_endpoint
 
 
 def config(stage: str = "dev", **override: Any) -> StageConfig:

@@ -150,23 +150,23 @@ def test_a_starting_model_is_waited_for_and_one_wrong_answer_is_borne(monkeypatc
 
 
 def test_wrong_answers_fail_with_their_names(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(smoke_test.SmokeTestFailed, match=r"2 of 3 pictures .*0\.png: dog, expected cat"):
+    with pytest.raises(smoke_test.SmokeTestError, match=r"2 of 3 pictures .*0\.png: dog, expected cat"):
         smoke(monkeypatch, [(200, "dog"), (200, "dog"), (200, "cat")])
 
 
 def test_a_refusal_is_not_retried(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(smoke_test.SmokeTestFailed, match="answered 401"):
+    with pytest.raises(smoke_test.SmokeTestError, match="answered 401"):
         smoke(monkeypatch, [(401, "no")])
 
 
 def test_an_answer_of_another_model_fails(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(smoke_test.SmokeTestFailed, match="model of run run-1; expected run run-2"):
+    with pytest.raises(smoke_test.SmokeTestError, match="model of run run-1; expected run run-2"):
         smoke(monkeypatch, [(200, "cat")] * 3, run="run-2")
 
 
 def test_waiting_ends(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(smoke_test, "DEADLINE_S", 0.05)
-    with pytest.raises(smoke_test.SmokeTestFailed, match="of trying"):
+    with pytest.raises(smoke_test.SmokeTestError, match="of trying"):
         smoke(monkeypatch, [(503, "starting")] * 50)
 
 

@@ -236,7 +236,7 @@ def test_truncated_headers_are_refused_not_crashed_on(kind: str):
     for length in range(min(len(whole), 64)):
         try:
             pictures.read_header(whole[:length])
-        except pictures.NotAPicture:
+        except pictures.NotAPictureError:
             continue
 
 

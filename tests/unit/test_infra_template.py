@@ -1,0 +1,200 @@
+"""The templates of all stages: promises about encryption, access and names, cfn-lint, and cdk-nag (which runs at synthesis)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cfnlint import ManualArgs
+from cfnlint import lint as cfn_lint
+
+from infra import code, images
+from infra.roles import ROLES
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("dev", "prod", "local")
+# CDK names dependencies that references already imply: harmless, and not ours to change.
+IGNORED = ["W3005"]
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Each stage's template, synthesised once, as the CDK CLI does it but without it."""
+    folder = tmp_path_factory.mktemp("assemblies")
+    return {stage: synthesise(stage, folder / stage) for stage in STAGES}
+
+
+def synthesise(stage: str, out: Path, **context: Any) -> dict[str, Any]:
+    """The template of a stage; cdk-nag's findings end it with an error."""
+    values = json.loads((ROOT / "cdk.json").read_text())["context"] | {"stage": stage} | context
+    environment = os.environ | {"CDK_CONTEXT_JSON": json.dumps(values), "CDK_OUTDIR": str(out)}
+    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    template: dict[str, Any] = json.loads((out / f"ImageClassifier-{stage}.template.json").read_text())
+    return template
+
+
+def of_type(template: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Logical id -> resource."""
+    return {name: item for name, item in template["Resources"].items() if item["Type"] == kind}
+
+
+def statements(template: dict[str, Any]) -> list[dict[str, Any]]:
+    """All Allow statements of all roles' policies."""
+    policies = of_type(template, "AWS::IAM::Policy").values()
+    return [entry for policy in policies for entry in policy["Properties"]["PolicyDocument"]["Statement"]]
+
+
+def listed(value: Any) -> list[Any]:
+    """CloudFormation writes one-element lists as the element."""
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_outputs(templates: dict[str, Any], stage: str):
+    assert set(templates[stage]["Outputs"]) == {"ApiUrl", "StateMachineArn", "DataBucket", "TokenSecretArn"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_buckets_are_private_encrypted_versioned_and_logged(templates: dict[str, Any], stage: str):
+    buckets = of_type(templates[stage], "AWS::S3::Bucket")
+    assert len(buckets) == 2
+    for bucket in buckets.values():
+        properties = bucket["Properties"]
+        assert properties["BucketEncryption"]
+        assert all(properties["PublicAccessBlockConfiguration"].values())
+        assert properties["VersioningConfiguration"] == {"Status": "Enabled"}
+        rules = properties["LifecycleConfiguration"]["Rules"]
+        assert any("AbortIncompleteMultipartUpload" in rule for rule in rules)
+        assert bucket["DeletionPolicy"] == ("Retain" if stage == "prod" else "Delete")
+    assert sum("LoggingConfiguration" in bucket["Properties"] for bucket in buckets.values()) == 1
+    for policy in of_type(templates[stage], "AWS::S3::BucketPolicy").values():
+        denied = [entry for entry in policy["Properties"]["PolicyDocument"]["Statement"] if entry["Effect"] == "Deny"]
+        assert any(entry["Condition"] == {"Bool": {"aws:SecureTransport": "false"}} for entry in denied)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_kind_of_job_has_a_role_that_only_its_service_takes(templates: dict[str, Any], stage: str):
+    roles = of_type(templates[stage], "AWS::IAM::Role")
+    services = {"sagemaker.amazonaws.com": len(ROLES) + 1, "states.amazonaws.com": 1, "codebuild.amazonaws.com": 1}
+    for service, count in services.items():
+        trusting = [role for role in roles.values() if service in json.dumps(role["Properties"]["AssumeRolePolicyDocument"])]
+        assert len(trusting) == count
+        for role in trusting:
+            entries = role["Properties"]["AssumeRolePolicyDocument"]["Statement"]
+            assert len(entries) == 1
+            assert entries[0]["Condition"] == {"StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_roles_are_passed_to_sagemaker_only(templates: dict[str, Any], stage: str):
+    passing = [entry for entry in statements(templates[stage]) if "iam:PassRole" in listed(entry["Action"])]
+    assert len(passing) == 1
+    assert passing[0]["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
+    assert len(passing[0]["Resource"]) == len(ROLES) + 1
+    assert all("Fn::GetAtt" in resource for resource in passing[0]["Resource"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_role_may_do_everything_anywhere(templates: dict[str, Any], stage: str):
+    harmless = ("logs:", "xray:", "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "sagemaker:List")
+    for entry in statements(templates[stage]):
+        actions = listed(entry["Action"])
+        assert "*" not in actions
+        assert not any(action.endswith(":*") for action in actions)
+        if "*" in listed(entry["Resource"]):
+            assert all(action.startswith(harmless) for action in actions), actions
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_cfn_lint_is_content(templates: dict[str, Any], stage: str):
+    found = cfn_lint(json.dumps(templates[stage]), config=ManualArgs(regions=["us-east-1"], ignore_checks=IGNORED))
+    assert [f"{match.rule.id} {match.message}" for match in found] == []
+
+
+def test_cfn_lint_sees_the_state_machine(templates: dict[str, Any]):
+    """A join would hide the definition from it; a seeded fault shows that it looks inside."""
+    text = json.dumps(templates["dev"]).replace('\\"Default\\": \\"ResolveInput\\"', '\\"Default\\": 7')
+    found = cfn_lint(text, config=ManualArgs(regions=["us-east-1"], ignore_checks=IGNORED))
+    assert "E3601" in {match.rule.id for match in found}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_place_in_the_definition_is_filled(templates: dict[str, Any], stage: str):
+    (machine,) = of_type(templates[stage], "AWS::StepFunctions::StateMachine").values()
+    text = machine["Properties"]["DefinitionString"]
+    assert isinstance(text, str)
+    places = {part.partition("}")[0] for part in text.split("${")[1:]}
+    assert places <= set(machine["Properties"]["DefinitionSubstitutions"])
+    assert machine["Properties"]["TracingConfiguration"] == {"Enabled": True}
+    assert machine["Properties"]["LoggingConfiguration"]["Level"] == "ALL"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pictures_are_binary_and_only_the_page_is_open(templates: dict[str, Any], stage: str):
+    (api,) = of_type(templates[stage], "AWS::ApiGateway::RestApi").values()
+    assert {"image/*", "image/jpeg", "image/png", "application/x-image"} <= set(api["Properties"]["BinaryMediaTypes"])
+    methods = [item["Properties"] for item in of_type(templates[stage], "AWS::ApiGateway::Method").values()]
+    assert sorted(method["HttpMethod"] for method in methods if method["AuthorizationType"] == "CUSTOM") == ["GET", "POST"]
+    assert all(method["HttpMethod"] == "GET" for method in methods if method["AuthorizationType"] == "NONE")
+    responses = of_type(templates[stage], "AWS::ApiGateway::GatewayResponse").values()
+    kinds = {item["Properties"]["ResponseType"] for item in responses}
+    assert {"UNAUTHORIZED", "ACCESS_DENIED", "REQUEST_TOO_LARGE", "THROTTLED", "DEFAULT_4XX", "DEFAULT_5XX"} <= kinds
+
+
+def test_the_address_of_the_api_is_a_field(tmp_path: Path):
+    url = "http://localhost:4566/restapis/{api}/{stage}/_user_request_"
+    template = synthesise("local", tmp_path, api_url=url)
+    places = template["Outputs"]["ApiUrl"]["Value"]["Fn::Sub"]
+    assert places[0] == "http://localhost:4566/restapis/${api}/${stage}/_user_request_"
+    assert set(places[1]) == {"api", "stage"}
+
+
+def test_iam_instead_of_a_token(tmp_path: Path):
+    template = synthesise("dev", tmp_path, override='{"api": {"auth": "iam"}}')
+    assert of_type(template, "AWS::ApiGateway::Authorizer") == {}
+    assert of_type(template, "AWS::SecretsManager::Secret") == {}
+    kinds = {item["Properties"]["AuthorizationType"] for item in of_type(template, "AWS::ApiGateway::Method").values()}
+    assert kinds == {"NONE", "AWS_IAM"}
+
+
+def test_a_given_serving_image_is_used(tmp_path: Path):
+    uri = "000000000000.dkr.ecr.us-east-1.amazonaws.com/own:1"
+    template = synthesise("dev", tmp_path, override=json.dumps({"serving_image_uri": uri}))
+    (machine,) = of_type(template, "AWS::StepFunctions::StateMachine").values()
+    assert machine["Properties"]["DefinitionSubstitutions"]["ServerImage"] == uri
+    assert "BuildServer" not in json.loads(machine["Properties"]["DefinitionString"])["States"]
+
+
+def test_bad_configuration_is_one_line_without_a_trace():
+    values = json.loads((ROOT / "cdk.json").read_text())["context"] | {"override": '{"colour": 1}'}
+    environment = os.environ | {"CDK_CONTEXT_JSON": json.dumps(values)}
+    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "cdk.json stage dev: colour is unknown; expected one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- code and images -------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_archive_is_the_same_bytes_every_time():
+    files = code.files_below(code.MODEL_CODE)
+    assert code.pack(files, code.MODEL_CODE) == code.pack(files, code.MODEL_CODE)
+    names = [path.relative_to(code.MODEL_CODE).as_posix() for path in files]
+    assert {"prepare.py", "hpo.py", "train_model.py", "evaluate.py", "report.py", "requirements.txt"} <= set(names)
+    assert not any("__pycache__" in name or "cache/" in name for name in names)
+
+
+def test_the_image_table_is_that_of_the_sagemaker_sdk():
+    folder = Path(__import__("sagemaker.core", fromlist=["core"]).__file__).parent
+    known = json.loads((folder / "image_uri_config" / "pytorch-amzn2023.json").read_text())["training"]["versions"]["2.13"]
+    assert known["repository"] == images.REPOSITORY
+    assert images.CPU_TAG == f"{known['tag_prefix']}-{known['container_version']['cpu']}"
+    assert images.GPU_TAG == f"{known['tag_prefix']}-{known['container_version']['gpu']}"
+    assert images.ACCOUNTS.items() <= known["registries"].items()
