@@ -39,9 +39,8 @@ _LIST = frozenset(
     | {"StatusEquals", "CreationTimeAfter", "CreationTimeBefore", "LastModifiedTimeAfter", "LastModifiedTimeBefore"}
 )
 _PACKAGE = frozenset(
-    {"ModelPackageDescription", "InferenceSpecification", "ModelApprovalStatus", "MetadataProperties", "ModelMetrics"}
-    | {"CustomerMetadataProperties", "ApprovalDescription", "Domain", "Task", "SourceUri", "DriftCheckBaselines"}
-    | {"SamplePayloadUrl", "SkipModelValidation", "ModelLifeCycle", "ModelCard"}
+    {"InferenceSpecification", "ModelApprovalStatus", "CustomerMetadataProperties", "SourceUri", "ModelLifeCycle"}
+    | {"ModelCard", "ClientToken"}
 )
 
 SUPPORTED: dict[str, frozenset[str]] = {
@@ -83,8 +82,10 @@ SUPPORTED: dict[str, frozenset[str]] = {
     "UpdateEndpoint": frozenset({"EndpointName", "EndpointConfigName"})
     | _below("DeploymentConfig.BlueGreenUpdatePolicy", "TrafficRoutingConfiguration.Type"),
     "CreateModelPackageGroup": frozenset({"ModelPackageGroupName", "ModelPackageGroupDescription", _TAGS}),
-    "CreateModelPackage": _PACKAGE | {"ModelPackageName", "ModelPackageGroupName", "ClientToken", _TAGS},
-    "UpdateModelPackage": _PACKAGE | {"ModelPackageArn", "CustomerMetadataPropertiesToRemove", "ClientToken"},
+    "CreateModelPackage": _PACKAGE
+    | {"ModelPackageName", "ModelPackageGroupName", "ModelPackageDescription", "MetadataProperties", "ModelMetrics", _TAGS}
+    | {"Domain", "Task", "SamplePayloadUrl", "SkipModelValidation", "DriftCheckBaselines"},
+    "UpdateModelPackage": _PACKAGE | {"ModelPackageArn", "ApprovalDescription", "CustomerMetadataPropertiesToRemove"},
     "ListTrainingJobs": _LIST,
     "ListProcessingJobs": _LIST,
     "ListHyperParameterTuningJobs": _LIST,
