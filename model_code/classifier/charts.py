@@ -66,11 +66,14 @@ def usage(cpu: list[tuple[float, float]], memory: list[tuple[float, float]], sta
 def phases(steps: list[dict[str, Any]], start: float, names: tuple[str, ...]) -> Any:
     """Milliseconds of each phase of the training steps over time, stacked."""
     figure = go.Figure()
+    begins: dict[int, float] = {}
+    for row in steps:
+        begins.setdefault(row["step"], row["start"])
     for number, name in enumerate(names):
         rows = [row for row in steps if row["phase"] == name]
         rows = rows[:: max(1, len(rows) // 600)]
         figure.add_scatter(
-            x=[row["start"] - start for row in rows],
+            x=[begins[row["step"]] - start for row in rows],  # one abscissa a step, so that the phases stack
             y=[row["duration"] * 1000 for row in rows],
             mode="lines",
             name=name,

@@ -231,7 +231,7 @@ class StandardisedHead(nn.Module):
     suits every backbone. ``folded`` gives the same function as one linear layer on raw features.
     """
 
-    SQUARED_NORM = 32.0
+    SQUARED_NORM = 64.0
 
     def __init__(self, mean: Tensor, std: Tensor, num_classes: int) -> None:
         super().__init__()

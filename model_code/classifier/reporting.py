@@ -15,10 +15,10 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1080px;padding:16px 20px;color:#111827;background:#fff}
 h1{font-size:24px;margin:8px 0}h2{font-size:18px;margin:32px 0 8px;border-bottom:1px solid #e5e7eb;padding-bottom:4px}
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{text-align:left;padding:4px 8px;border-bottom:1px solid #e5e7eb}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.muted{color:#6b7280}
+td.n{font-variant-numeric:tabular-nums}.muted{color:#6b7280}
 .cards{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}.card{border:1px solid #e5e7eb;border-radius:8px;padding:8px 14px}
 .card b{display:block;font-size:22px}.fired{color:#b91c1c;font-weight:600}.fine{color:#047857}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:8px}details{margin:8px 0}
+.grid>div{min-width:0;overflow:hidden}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:8px}details{margin:8px 0}
 .scroll{max-height:420px;overflow:auto}
 """
 
