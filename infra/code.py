@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import ast
+import atexit
+import functools
 import gzip
 import hashlib
 import io
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 from infra.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_CODE = ROOT / "model_code"
-STAGING = ROOT / "cdk.out" / ".staging"
 _SKIPPED = {"__pycache__", "tests", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+
+
+@functools.cache
+def staging() -> Path:
+    """A folder of this process for assets in the making; CDK copies them, and it goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="classifier-assets-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -55,7 +65,7 @@ def model_code_archive() -> tuple[Path, str]:
     """Path of ``sourcedir.tar.gz`` with everything in model_code/, and the code's hash."""
     files = files_below(MODEL_CODE)
     code_hash = digest(files, MODEL_CODE)
-    folder = STAGING / code_hash[:16]
+    folder = staging() / code_hash[:16]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "sourcedir.tar.gz"
     target.write_bytes(pack(files, MODEL_CODE))
@@ -99,8 +109,8 @@ def server_folder() -> tuple[Path, str]:
 
 
 def staged(name: str, files: dict[str, Path]) -> Path:
-    """A fresh folder below cdk.out holding ``files`` (name in the folder -> source)."""
-    folder = STAGING / name
+    """A fresh folder holding ``files`` (name in the folder -> source)."""
+    folder = staging() / name
     shutil.rmtree(folder, ignore_errors=True)
     for relative, source in files.items():
         target = folder / relative

@@ -215,7 +215,7 @@ class PredictApi(Construct):
             "latency_ms": "$context.responseLatency",
             "error": "$context.error.message",
         }
-        return apigateway.RestApi(
+        api = apigateway.RestApi(
             self,
             "Api",
             rest_api_name=config.prefix,
@@ -235,6 +235,9 @@ class PredictApi(Construct):
                 access_log_format=apigateway.AccessLogFormat.custom(json.dumps(fields)),
             ),
         )
+        # CDK's own output would contradict ApiUrl wherever the address is configured.
+        api.node.try_remove_child("Endpoint")
+        return api
 
     def _authorizer(self) -> apigateway.TokenAuthorizer | None:
         """The token's check; None with IAM, where API Gateway itself checks the signature."""
