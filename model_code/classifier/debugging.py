@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,12 @@ def prepare_smdebug() -> None:
         raise RuntimeError("smdebug needs PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python in the environment before Python starts")
     logging.getLogger("smdebug").setLevel(logging.ERROR)
     os.environ.setdefault("SMDEBUG_LOG_LEVEL", "error")
-    from smdebug.core.tfevent import util
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its generated code and its regular expressions are of another age
+        import smdebug.pytorch
+        import smdebug.rules.rule_invoker
+        import smdebug.trials  # noqa: F401
+        from smdebug.core.tfevent import util
 
     if not hasattr(np.ndarray, "tostring"):
         util.make_tensor_proto = _make_tensor_proto

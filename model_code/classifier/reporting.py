@@ -18,7 +18,8 @@ table{border-collapse:collapse;width:100%;font-size:14px}th,td{text-align:left;p
 td.n{font-variant-numeric:tabular-nums}.muted{color:#6b7280}
 .cards{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}.card{border:1px solid #e5e7eb;border-radius:8px;padding:8px 14px}
 .card b{display:block;font-size:22px}.fired{color:#b91c1c;font-weight:600}.fine{color:#047857}
-.grid>div{min-width:0;overflow:hidden}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:8px}details{margin:8px 0}
+.grid>div{min-width:0;overflow:hidden}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:8px}details{margin:8px 0}
 .scroll{max-height:420px;overflow:auto}
 """
 

@@ -135,7 +135,7 @@ def _crop(picture: Image.Image, width: int, height: int) -> Image.Image:
 def to_square(picture: Image.Image, size: int) -> Pixels:
     """``(size, size, 3) uint8``: resized to the short side, then the central square. What training caches."""
     resized = resize_short_side(picture, size)
-    return np.asarray(_crop(resized, size, size), dtype=np.uint8)
+    return np.array(_crop(resized, size, size), dtype=np.uint8)
 
 
 def centre(square: Pixels, size: int) -> Pixels:

@@ -253,23 +253,31 @@ def is_archive(uri: str) -> bool:
     return urllib.parse.urlsplit(uri).path.lower().endswith(ARCHIVES)
 
 
+def check_source(uri: str) -> None:
+    """Raises DataError for a source of no known form."""
+    web = uri.startswith(("http://", "https://"))
+    if not web and not uri.startswith(("s3://", "file://")):
+        raise DataError(f"source {uri!r} is not understood: give s3://bucket/prefix/, an archive in S3, or an https archive")
+    if web and not is_archive(uri):
+        raise DataError(f"{uri} does not end in {', '.join(ARCHIVES)}: only archives are fetched over https")
+
+
 def cheap_fingerprint(uri: str, allowed: Sequence[str]) -> str | None:
-    """What identifies the source's content without downloading it, or None."""
+    """What identifies the source's content without downloading it, or None. Raises DataError."""
+    check_source(uri)
     if uri.startswith(("http://", "https://")):
         return remote_tag(uri, allowed)
     if is_archive(uri):
-        return f"{storage.head(uri).size}\0{storage.head(uri).tag}"
+        entry = storage.head(uri)
+        return f"{entry.size}\0{entry.tag}"
     return PrefixSource(uri).fingerprint()
 
 
 def open_source(uri: str, allowed: Sequence[str], work: Path) -> Source:
     """The source behind ``uri``. Raises DataError naming what is wrong and what is accepted."""
+    check_source(uri)
     web = uri.startswith(("http://", "https://"))
-    if not web and not uri.startswith(("s3://", "file://")):
-        raise DataError(f"source {uri!r} is not understood: give s3://bucket/prefix/, an archive in S3, or an https archive")
     if not is_archive(uri):
-        if web:
-            raise DataError(f"{uri} does not end in {', '.join(ARCHIVES)}: only archives are fetched over https")
         return PrefixSource(uri)
     target = Path(tempfile.mkdtemp(dir=work)) / PurePosixPath(urllib.parse.urlsplit(uri).path).name
     if web:

@@ -244,7 +244,7 @@ def _save(
         "model": setup.network.state_dict(),
         "best_state": best_state,
         "optimizer": optimizer.state_dict(),
-        "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+        "scheduler": scheduler.state_dict(),
         "progress": asdict(progress),
         "history": history,
     }

@@ -1,0 +1,238 @@
+"""Training: preprocessing agreement, resuming, metrics, weights, export, and what the hook and sampler leave behind."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from classifier import checkpoint, debugging, export, features, metrics, model, profiling, reporting, serving, training, transforms
+from classifier.errors import ConfigError, WeightsError
+from classifier.evaluation import EvaluateFlags, evaluate
+from model_fakes import config, picture, prepared, run_script
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def channels(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SM_CHANNEL_DATASET", str(dataset))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return dataset
+
+
+@pytest.mark.parametrize(("size", "resize"), [(32, 32), (28, 33), (24, 40)])
+def test_torch_and_numpy_preprocess_alike(size: int, resize: int):
+    preprocessing = serving.Preprocessing(size, resize)
+    decoded = serving.decode(picture(5, size=(61, 47)))
+    expected = serving.preprocess(decoded, preprocessing)
+    found = transforms.evaluation_batch(serving.to_square(decoded, resize)[None], preprocessing)
+    assert found.shape == (1, 3, size, size)
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+
+
+def test_augmentation_is_seeded_and_keeps_the_shape():
+    pictures = np.stack([serving.to_square(serving.decode(picture(n)), 40) for n in range(4)])
+    kwargs = {"flip": True, "min_scale": 0.3, "trivial": True}
+    batches = [
+        transforms.training_batch(pictures, serving.Preprocessing(32, 40), random=torch.Generator().manual_seed(seed), **kwargs)  # type: ignore[arg-type]
+        for seed in (1, 1, 2)
+    ]
+    assert batches[0].shape == (4, 3, 32, 32)
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(channels: Path, tmp_path: Path):
+    whole = training.prepare_run(config())
+    history = training.fit(whole)
+    first = training.prepare_run(config())
+    training.fit(first, checkpoints=tmp_path, stop_after=1)
+    torch.manual_seed(123)
+    second = training.prepare_run(config())
+    resumed = training.fit(second, checkpoints=tmp_path)
+    assert [row["valid_loss"] for row in resumed] == [row["valid_loss"] for row in history]
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, second.network.state_dict()[name]), name
+
+
+def test_a_damaged_checkpoint_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    checkpoint.save(tmp_path, {"epoch": 1})
+    assert checkpoint.load(tmp_path)["epoch"] == 1  # type: ignore[index]
+    (tmp_path / checkpoint.NAME).write_bytes(b"half a file")
+    assert checkpoint.load(tmp_path) is None
+    assert "damaged" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
+def test_metrics_on_cases_worked_by_hand():
+    logits = np.array([[2, 1, 0], [0, 2, 1], [2, 0, 1], [0, 1, 2]], dtype=np.float32)
+    labels = np.array([0, 1, 2, 2])
+    assert metrics.top_k_accuracy(logits, labels, 1) == 0.75
+    assert metrics.top_k_accuracy(logits, labels, 2) == metrics.top_k_accuracy(logits, labels, 5) == 1.0
+    table = metrics.confusion(logits.argmax(axis=1), labels, 3)
+    assert table.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+    assert metrics.per_class(table, ["a", "b", "c"])[2] == {
+        "label": "c", "num_pictures": 2, "recall": 0.5, "precision": 1.0, "f1": pytest.approx(2 / 3),
+    }  # fmt: skip
+
+
+def test_temperature_repairs_overconfidence():
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(4000, 5)).astype(np.float32)
+    probabilities = serving.softmax(truth)
+    labels = np.array([random.choice(5, p=row / row.sum()) for row in probabilities.astype(np.float64)])
+    temperature = metrics.fit_temperature(truth * 3, labels)
+    assert temperature == pytest.approx(3, rel=0.1)
+    assert metrics.expected_calibration_error(truth * 3, labels, temperature) < 0.05
+    assert metrics.expected_calibration_error(truth * 3, labels) > 0.15
+
+
+def test_architectures_are_recognised_and_misfits_are_explained(tmp_path: Path):
+    network = model.build("mobilenet_v2", num_classes=7)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "w.pth")
+    state = model.read_state(tmp_path / "w.pth")
+    assert model.recognise(state) == "mobilenet_v2"
+    with pytest.raises(WeightsError, match="they are of mobilenet_v2: set backbone to that"):
+        model.load_backbone_state(model.build("resnet18"), state, "resnet18")
+    with pytest.raises(ConfigError, match="try resnet18"):
+        model.build("resnet-18")
+    (tmp_path / "bad.pth").write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match="2 weight files"):
+        model.find_weights(tmp_path)
+    with pytest.raises(WeightsError, match="not a readable state dict"):
+        model.read_state(tmp_path / "bad.pth")
+
+
+def test_the_standardisation_folds_into_one_linear_layer():
+    torch.manual_seed(0)
+    head = model.StandardisedHead(torch.randn(6), torch.rand(6) + 0.5, 3)
+    nn.init.normal_(head.linear.weight)
+    inputs = torch.randn(10, 6)
+    assert torch.allclose(head(inputs), head.folded()(inputs), atol=1e-5)
+
+
+def test_a_head_on_cached_features_exports_the_whole_network(channels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    backbone = model.build("mobilenet_v3_small")
+    model.split_head(backbone)
+    info = training.read_info(channels)
+    features.cache(info, backbone.eval(), "mobilenet_v3_small", serving.Preprocessing.of(32), tmp_path / "features")
+    monkeypatch.setenv("SM_CHANNEL_FEATURES", str(tmp_path / "features"))
+    setup = training.prepare_run(config(recipe="head", pretrained="torchvision", epochs=5))
+    history = training.fit(setup)
+    described = export.export(setup, training.whole_model(setup), history, tmp_path / "model")
+    assert described["architecture"] == "mobilenet_v3_small"
+    assert described["onnx"]["difference"] < 1e-4
+    inputs, labels = features.load(tmp_path / "features", "valid")
+    served = serving.OnnxModel(tmp_path / "model")
+    valid = training.load_split(info, "valid", 32)
+    logits = served.logits(serving.normalise(valid.pictures, served.preprocessing))
+    with torch.inference_mode():
+        assert np.abs(logits - setup.network(inputs).numpy()).max() < 0.1 * max(1.0, np.abs(logits).max())
+    assert labels.tolist() == valid.labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def job(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training job as a container would run it; its base folder."""
+    base = tmp_path_factory.mktemp("job")
+    arguments = ["--recipe", "scratch", "--epochs", "3", "--batch_size", "8", "--debug_interval", "2", "--precision", "fp32"]
+    places = {"SAGEMAKER_BASE_DIR": str(base), "SM_CHANNEL_DATASET": str(dataset), "RUN_OUTPUT_URI": (base / "run").as_uri()}
+    done = run_script("train_model.py", *arguments, **places)
+    assert done.returncode == 0, done.stderr
+    (base / "log").write_text(done.stdout)
+    return base
+
+
+def test_the_job_prints_the_metric_lines_and_leaves_the_artifact(job: Path):
+    lines = [line for line in (job / "log").read_text().splitlines() if line.startswith("epoch=")]
+    keys = ["epoch", "train_loss", "train_top1", "valid_loss", "valid_top1", "best_valid_top1", "learning_rate", "seconds"]
+    assert [[pair.split("=")[0] for pair in line.split()] for line in lines] == [keys] * 3
+    assert {path.name for path in (job / "model").iterdir()} == {"model.json", "model.onnx", "weights.safetensors", "training.json"}
+    assert (job / "checkpoints" / "last.pt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")  # smdebug is unmaintained and says so in many ways
+def test_smdebug_opens_the_tensors_and_the_metrics(job: Path):
+    debugging.prepare_smdebug()
+    from smdebug.profiler.algorithm_metrics_reader import LocalAlgorithmMetricsReader
+    from smdebug.profiler.system_metrics_reader import LocalSystemMetricsReader
+    from smdebug.trials import create_trial
+
+    trial = create_trial(str(job / "run" / "debug-output"))
+    assert trial.steps()
+    assert any(name.startswith("gradient/") for name in trial.tensor_names())
+    assert len(debugging.loss_series(job / "run" / "debug-output")) >= 3
+    end = time.time() * 1e6
+    system = LocalSystemMetricsReader(str(job / "run" / "profiler-output")).get_events(0, end)
+    assert {"cpu", "memory"} <= {event.type for event in system}
+    phases = LocalAlgorithmMetricsReader(str(job / "run" / "profiler-output")).get_events(0, end)
+    assert {event.event_name for event in phases} == set(profiling.PHASES)
+
+
+def test_evaluation_and_report_of_the_job(job: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with tarfile.open(job / "model.tar.gz", "w:gz") as tar:
+        tar.add(job / "model", arcname=".")
+    (tmp_path / "input").mkdir()
+    (job / "model.tar.gz").rename(tmp_path / "input" / "model.tar.gz")
+    run = job / "run"
+    flags = EvaluateFlags(
+        dataset=str(dataset), model=str(tmp_path / "input"), evaluation=str(run / "evaluation"),
+        artifact=str(tmp_path / "artifact"),
+        champion_uri=(tmp_path / "champion.json").as_uri(), run="r<1>",
+    )  # fmt: skip
+    summary = evaluate(flags)
+    assert summary["champion_top1"] is None
+    assert summary["num_pictures"] == 12
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert sum(map(sum, found["confusion"])) == 12
+    with tarfile.open(tmp_path / "artifact" / "model.tar.gz") as tar:
+        assert {"model.json", "model.onnx", "code/server.py", "code/classifier/serving.py"} <= set(tar.getnames())
+    champion = {"run": "old", "model_data_url": (tmp_path / "artifact" / "model.tar.gz").as_uri()}
+    (tmp_path / "champion.json").write_text(json.dumps(champion))
+    assert evaluate(flags)["champion_top1"] == summary["top1"]
+
+    monkeypatch.setattr(reporting, "_client", lambda: (_ for _ in ()).throw(ConnectionError("no service")))
+    (run / "prepare").mkdir(exist_ok=True)
+    hostile = {"classes": [{"folder": "<script>alert(1)</script>", "train": 1, "valid": 1, "test": 1}], "quarantined": []}
+    (run / "prepare" / "report.json").write_text(json.dumps(hostile))
+    facts = reporting.write(
+        reporting.ReportFlags("r<1>", str(run), str(tmp_path / "report"), str(tmp_path / "rules"), "tuning", "training")
+    )
+    assert any("'tuning' could not be read" in note for note in facts["notes"])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "r&lt;1&gt;" in page
+    parts = tmp_path / "rules" / "ProfilerReport" / "profiler-output"
+    assert (parts / "profiler-report.html").is_file()
+    assert len(list((parts / "profiler-reports").glob("*.json"))) == 11
+
+
+def test_rules_fire_on_what_they_are_for():
+    def history(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
+        return [{"train_loss": loss, "train_top1": top1, "valid_top1": valid} for loss, top1, valid in rows]
+
+    def fired(rows: list[dict[str, float]], counts: list[int]) -> set[str]:
+        return {finding.rule for finding in debugging.history_rules(rows, counts) if finding.triggered}
+
+    assert fired(history((2, 0.3, 0.3), (1, 0.7, 0.7)), [10, 12]) == set()
+    assert fired(history((2, 0.1, 0.1), (2.1, 0.1, 0.1)), [10, 100]) == {"LossNotDecreasing", "ClassImbalance"}
+    overdone = history((2, 0.5, 0.8), (1, 0.9, 0.7), (0.5, 1, 0.7), (0.1, 1, 0.7))
+    assert fired(overdone, [5]) == {"Overfit", "Overtraining"}
