@@ -58,7 +58,7 @@ versions:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing); Python 3.11 or newer is needed. Install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@command -v node >/dev/null || { echo "error: node was not found; Node.js 20 or newer is needed by the AWS CDK. See https://nodejs.org" >&2; exit 1; }
-	@node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 20)' || \
+	@node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 20 ? 1 : 0)' || \
 	  { echo "error: node is $$(node --version); Node.js 20 or newer is needed by the AWS CDK. See https://nodejs.org" >&2; exit 1; }
 
 $(UV): | versions

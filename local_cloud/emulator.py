@@ -40,6 +40,8 @@ def configure(root: Path, port: int) -> None:
         LOG_LEVEL="WARNING",
         MINISTACK_REGION=REGION,
         TMPDIR=str(scratch),
+        # Lambda's Node.js runtime brings the AWS SDK, which CDK's bucket-emptying function requires; here npm does (package.json).
+        NODE_PATH=str(Path(__file__).resolve().parent.parent / "node_modules"),
         AWS_DEFAULT_REGION=REGION,
         AWS_ENDPOINT_URL=f"http://localhost:{port}",
         AWS_ACCESS_KEY_ID=ROOT_ACCESS_KEY_ID,
