@@ -35,17 +35,16 @@ def prepare_smdebug() -> None:
     os.environ.setdefault("SMDEBUG_LOG_LEVEL", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its generated code and its regular expressions are of another age
+        from smdebug.core import writer
+        from smdebug.core.tfevent import summary, util
+
+        if not hasattr(np.ndarray, "tostring"):
+            for module in (util, summary, writer):  # those that bind the name
+                if hasattr(module, "make_tensor_proto"):
+                    module.make_tensor_proto = _make_tensor_proto
         import smdebug.pytorch
         import smdebug.rules.rule_invoker
         import smdebug.trials  # noqa: F401
-        from smdebug.core.tfevent import util
-
-    if not hasattr(np.ndarray, "tostring"):
-        util.make_tensor_proto = _make_tensor_proto
-        from smdebug.core.tfevent import summary
-
-        if hasattr(summary, "make_tensor_proto"):
-            summary.make_tensor_proto = _make_tensor_proto
 
 
 def _make_tensor_proto(nparray_data: Any, tag: str) -> Any:
