@@ -553,14 +553,15 @@ def _failure_states() -> Json:
 
 
 def _explanation() -> str:
-    """JSONata source: which state failed, why, and what to do. A job's FailureReason is dug out of its description.
+    """JSONata source: which state failed, why, and what to do. A job's own message is dug out of its description.
 
     JSONata's regular expressions have no flag for a dot that matches line ends: the form is tested by first and last letter.
     """
     return (
         "($c := $failure.cause; $inside := function($name) "
         "{ $substring($c, 0, 1) = '{' ? ($substring($c, -1) = '}' ? $contains($c, $name) : false) : false }; "
-        "$why := $inside('FailureReason') ? $parse($c).FailureReason : "
+        "$job := $inside('ExitMessage') or $inside('FailureReason') ? $parse($c) : {}; "
+        "$why := $exists($job.ExitMessage) ? $job.ExitMessage : $exists($job.FailureReason) ? $job.FailureReason : "
         "$inside('errorMessage') ? $parse($c).errorMessage : $c; "
         f"$advice := $lookup({json.dumps(ADVICE)}, $failure.state); "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & ' ' & "

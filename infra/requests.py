@@ -35,7 +35,7 @@ JOB_ENVIRONMENT = {
 }
 
 _UNPACK_AND_RUN = (
-    f'cd {INPUT}/code && tar -xzf *.tar.gz && python -m pip install -q --no-deps -r requirements.txt && exec python "$0" "$@"'
+    f'cd {INPUT}/code && tar -xzf *.gz && python -m pip install -q --no-deps -r requirements.txt && exec python "$0" "$@"'
 )
 
 

@@ -58,6 +58,8 @@ class SyncJob:
     """How ``.sync`` waits for one kind of job, and how an aborted execution stops it."""
 
     describe: Callable[[Any, dict[str, Any], dict[str, Any]], dict[str, Any]]
+    result_of: str
+    """Operation whose output the description has the form of."""
     status: Callable[[dict[str, Any]], str]
     succeeded: frozenset[str]
     failed: frozenset[str]
@@ -69,6 +71,7 @@ def _sagemaker_job(kind: str, status_field: str) -> SyncJob:
     snake = botocore.xform_name(kind)
     return SyncJob(
         describe=lambda client, request, _: getattr(client, f"describe_{snake}")(**{name: request[name]}),
+        result_of=f"Describe{kind}",
         status=lambda job: str(job[status_field]),
         succeeded=frozenset({"Completed"}),
         failed=frozenset({"Failed", "Stopped"}),
@@ -82,6 +85,7 @@ SYNC_JOBS: dict[tuple[str, str], SyncJob] = {
     ("sagemaker", "createHyperParameterTuningJob"): _sagemaker_job("HyperParameterTuningJob", "HyperParameterTuningJobStatus"),
     ("codebuild", "startBuild"): SyncJob(
         describe=lambda client, _, started: {"build": client.batch_get_builds(ids=[started["build"]["id"]])["builds"][0]},
+        result_of="StartBuild",
         status=lambda job: str(job["build"]["buildStatus"]),
         succeeded=frozenset({"SUCCEEDED"}),
         failed=frozenset({"FAILED", "FAULT", "STOPPED", "TIMED_OUT"}),
@@ -233,12 +237,18 @@ def _member(name: str, shape: StructureShape, path: str) -> str:
     raise ValueError(f"The field '{path}.{name}' is not supported by Step Functions; expected one of: {known}")
 
 
-def to_result(value: Any) -> Any:
-    """A boto3 response as Step Functions shows it: PascalCase names, streams read as text, dates as text."""
+def to_result(value: Any, shape: Shape | None) -> Any:
+    """A boto3 response as Step Functions shows it: PascalCase member names, streams read as text, dates as text.
+
+    The keys of maps (hyperparameters, tags) are data, not names, and stay as they are.
+    """
+    if isinstance(value, dict) and isinstance(shape, StructureShape):
+        members = {name: item for name, item in value.items() if name in shape.members}
+        return {name[:1].upper() + name[1:]: to_result(item, shape.members[name]) for name, item in members.items()}
     if isinstance(value, dict):
-        return {k[:1].upper() + k[1:]: to_result(v) for k, v in value.items() if k != "ResponseMetadata"}
+        return {name: to_result(item, getattr(shape, "value", None)) for name, item in value.items()}
     if isinstance(value, list):
-        return [to_result(v) for v in value]
+        return [to_result(item, getattr(shape, "member", None)) for item in value]
     if isinstance(value, StreamingBody):
         return value.read().decode()
     return json.loads(to_json_str(value)) if not isinstance(value, str) else value
@@ -268,10 +278,11 @@ class AwsTask(StateTaskService):
         client = self.clients(service, env.aws_execution_details.role_arn)
         operation = action[:1].upper() + action[1:]
         request, response = self._call(env, client, operation, normalised_parameters)
+        shape = client.meta.service_model.operation_model(operation).output_shape
         if self.resource.condition is not None:
-            self._submitted(env, response)
-            response = self._wait(env, client, request, response)
-        env.stack.append(self._result(env, response))
+            self._submitted(env, to_result(response, shape))
+            response, shape = self._wait(env, client, request, response)
+        env.stack.append(self._result(env, response, shape))
 
     def _call(self, env: Any, client: Any, operation: str, parameters: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         model = client.meta.service_model
@@ -300,11 +311,11 @@ class AwsTask(StateTaskService):
         cause = f"{error.response['Error'].get('Message', '')} (Service: {title}, Status Code: {status}, Error Code: {code})"
         return _failure(env, self, name, cause)
 
-    def _submitted(self, env: Any, response: dict[str, Any]) -> None:
+    def _submitted(self, env: Any, output: Any) -> None:
         details = TaskSubmittedEventDetails(
             resource=self._get_sfn_resource(),
             resourceType=self._get_sfn_resource_type(),
-            output=to_json_str(to_result(response)),
+            output=to_json_str(output),
             outputDetails=HistoryEventExecutionDataDetails(truncated=False),
         )
         env.event_manager.add_event(
@@ -313,29 +324,32 @@ class AwsTask(StateTaskService):
             event_details=EventDetails(taskSubmittedEventDetails=details),
         )
 
-    def _wait(self, env: Any, client: Any, request: dict[str, Any], started: dict[str, Any]) -> dict[str, Any]:
+    def _wait(
+        self, env: Any, client: Any, request: dict[str, Any], started: dict[str, Any]
+    ) -> tuple[dict[str, Any], Shape | None]:
         """Poll the job until it ends; stop it when the state times out or the execution is aborted."""
         job = SYNC_JOBS.get((self.resource.service_name, self.resource.api_action))
         if job is None or self.resource.condition != "sync":
             raise _failure(env, self, "States.Runtime", f"{self.resource.resource_arn} is not emulated; see local_cloud/README.md")
+        shape = client.meta.service_model.operation_model(job.result_of).output_shape
         while env.is_running():
             described = job.describe(client, request, started)
             status = job.status(described)
             if status in job.succeeded:
-                return described
+                return described, shape
             if status in job.failed:
-                raise _failure(env, self, "States.TaskFailed", to_json_str(to_result(described)))
+                raise _failure(env, self, "States.TaskFailed", to_json_str(to_result(described, shape)))
             time.sleep(POLL_INTERVAL_S)
         job.stop(client, request, started)
-        return started
+        return started, None
 
-    def _result(self, env: Any, response: dict[str, Any]) -> Any:
+    def _result(self, env: Any, response: dict[str, Any], shape: Shape | None) -> Any:
         if self.resource.service_name != "lambda":
-            return to_result(response)
+            return to_result(response, shape)
         payload = json.loads(response["Payload"].read() or b"null")
         if response.get("FunctionError"):
             raise _failure(env, self, str((payload or {}).get("errorType", "Lambda.Unknown")), json.dumps(payload))
-        return {**to_result({k: v for k, v in response.items() if k != "Payload"}), "Payload": payload}
+        return {**to_result({k: v for k, v in response.items() if k != "Payload"}, shape), "Payload": payload}
 
 
 _BOTO_NAMES = {"sfn": "stepfunctions", "states": "stepfunctions", "cloudwatchlogs": "logs"}

@@ -52,7 +52,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Run; every refusal is one clear message and exit code 1."""
     arguments = _arguments()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scratch = source.scratch_folder()
     try:
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace, console: Console, scratch: Path) -> None
         outputs = deploy(arguments, chosen.stage, root, console)
         upload(chosen, weights, outputs["DataBucket"], console)
         follower, ended = execute(outputs, machine_input, root, console)
-        kept = keep(outputs, ended)
+        kept = keep(outputs, ended, root)
         if ended["status"] != "SUCCEEDED":
             raise RunError(_failure_message(ended, kept))
         _announce(outputs, ended, kept, console)
@@ -205,7 +205,8 @@ def deploy(arguments: argparse.Namespace, stage: str, root: Path, console: Conso
     out, outputs = root / "cdk.out", root / "outputs.json"
     # Synthesized once, and deployed from there: the template that CloudFormation gets is the one on disk.
     _cdk([cdk, "synth", "--quiet", "--output", str(out), *context], environment, root, console, "Synthesizing")
-    _cdk([cdk, "bootstrap", f"aws://{emulator.ACCOUNT}/{emulator.REGION}"], environment, root, console, "Bootstrapping")
+    bootstrap = [cdk, "bootstrap", "--app", str(out), f"aws://{emulator.ACCOUNT}/{emulator.REGION}"]
+    _cdk(bootstrap, environment, root, console, "Bootstrapping")
     deploy = [cdk, "deploy", "--app", str(out), "--all", "--require-approval", "never", "--outputs-file", str(outputs)]
     _cdk(deploy, environment, root, console, "Deploying")
     return dict(next(iter(json.loads(outputs.read_text()).values())))
@@ -255,8 +256,8 @@ def execute(
     return follower, follower.follow()
 
 
-def keep(outputs: dict[str, str], ended: dict[str, Any]) -> Path:
-    """Copy the run's reports out of the bucket, which ends with the cloud; returns their folder."""
+def keep(outputs: dict[str, str], ended: dict[str, Any], root: Path) -> Path:
+    """Copy the run's reports and logs out of the cloud, which takes its bucket with it; returns their folder."""
     kept = PROJECT / "build" / "runs" / ended["name"]
     kept.mkdir(parents=True, exist_ok=True)
     s3, prefix = client("s3"), f"runs/{ended['name']}/"
@@ -266,6 +267,10 @@ def keep(outputs: dict[str, str], ended: dict[str, Any]) -> Path:
                 target = kept / item["Key"].removeprefix(prefix)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 s3.download_file(outputs["DataBucket"], item["Key"], str(target))
+    shutil.copytree(root / "logs", kept / "logs", dirs_exist_ok=True)
+    for log in ("cloud.log", "cdk.log", "denied.jsonl"):
+        if (root / log).exists():
+            shutil.copy(root / log, kept / log)
     (kept / "execution.json").write_text(json.dumps(ended, default=str, indent=1))
     return kept
 

@@ -121,6 +121,15 @@ def test_a_sync_task_waits_for_its_job_and_gives_the_description():
     assert kinds[2:6] == ["TaskScheduled", "TaskStarted", "TaskSubmitted", "TaskSucceeded"]
 
 
+def test_the_keys_of_a_map_stay_as_they_are():
+    described = {"TrainingJobStatus": "Completed", "HyperParameters": {"batch_size": "64"}}
+    execution, _ = run(
+        {"A": task("sagemaker:createTrainingJob.sync", {"TrainingJobName": "t"}, Output="{% $states.result.HyperParameters %}")},
+        {"create_training_job": {}, "describe_training_job": described},
+    )
+    assert execution.output == {"batch_size": "64"}
+
+
 def test_a_failed_job_fails_the_task_with_its_description_as_the_cause():
     execution, _ = run(
         {"A": task("sagemaker:createProcessingJob.sync", PROCESSING)},
@@ -160,7 +169,8 @@ def test_a_state_that_times_out_stops_its_job():
     [
         ("sagemaker:createModel", {"ModelName": "m", "ExecutionRoleArn": "r"}, "create_model", "ValidationException",
          "SageMaker.AmazonSageMakerException"),
-        ("sagemaker:createModel", {"ModelName": "m"}, "create_model", "ResourceLimitExceeded", "SageMaker.ResourceLimitExceededException"),
+        ("sagemaker:createModel", {"ModelName": "m"}, "create_model", "ResourceLimitExceeded",
+         "SageMaker.ResourceLimitExceededException"),
         ("aws-sdk:sagemaker:describeEndpoint", {"EndpointName": "e"}, "describe_endpoint", "ValidationException",
          "SageMaker.SageMakerException"),
         ("aws-sdk:ecr:describeImages", {"RepositoryName": "r"}, "describe_images", "ImageNotFoundException",
