@@ -264,12 +264,13 @@ def _built_image() -> Json:
     """An image of our own: its tag is a hash of everything in it, so an existing tag needs no build."""
     find = _task(
         "FindServerImage",
-        f"{SDK}:ecr:describeImages",
+        # Not describeImages: this one answers a missing tag with an empty list instead of an error.
+        f"{SDK}:ecr:batchGetImage",
         {"RepositoryName": "${ServerRepository}", "ImageIds": [{"ImageTag": "${ServerTag}"}]},
-        "Register",
+        "ChooseBuild",
     )
-    find["Assign"] = {"image": "${ServerImage}"}
-    find["Catch"].insert(0, {"ErrorEquals": ["Ecr.ImageNotFoundException", "ECR.ImageNotFoundException"], "Next": "BuildServer"})
+    find["Assign"] = {"image": "${ServerImage}", "image_found": ask("$count($states.result.Images) > 0")}
+    choose = {"Type": "Choice", "Choices": [{"Condition": ask("$image_found"), "Next": "Register"}], "Default": "BuildServer"}
     build = _task(
         "BuildServer",
         "arn:aws:states:::codebuild:startBuild.sync",
@@ -282,7 +283,7 @@ def _built_image() -> Json:
     )
     build["Retry"] = [_retry(["CodeBuild.AccountLimitExceededException", "CodeBuild.AWSCodeBuildException"])]
     build["Assign"] = {"image": "${ServerImage}"}
-    return {"FindServerImage": find, "BuildServer": build}
+    return {"FindServerImage": find, "ChooseBuild": choose, "BuildServer": build}
 
 
 def _package_states() -> Json:

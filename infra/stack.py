@@ -77,7 +77,7 @@ class ImageClassifier(Stack):
         # Who may do what with whom.
         roles = [role.role_arn for role in [*jobs.roles.values(), jobs.endpoint]]
         grant_orchestration(machine_role, config=config, bucket=data, job_roles=roles)
-        allow(machine_role, ["ecr:DescribeImages"], [server.repository.repository_arn])
+        allow(machine_role, ["ecr:BatchGetImage"], [server.repository.repository_arn])
         allow(
             machine_role,
             ["codebuild:StartBuild", "codebuild:StopBuild", "codebuild:BatchGetBuilds"],

@@ -62,6 +62,7 @@ class LocalCloud:
         }
         self._ministack = emulator.application()
         _add_resource_types(self._sagemaker)
+        emulator.correct_secrets()
 
     # -- What the services see (local_cloud.service.Cloud) --
 

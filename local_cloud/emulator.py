@@ -170,3 +170,26 @@ def add_resource_type(
     if name in provisioners._RESOURCE_HANDLERS:
         raise RuntimeError(f"ministack now provisions {name} itself: remove it from local_cloud/emulator.py's callers")
     provisioners._RESOURCE_HANDLERS[name] = {"create": create, "delete": delete}
+
+
+def correct_secrets() -> None:
+    """Make ``Ref`` of a secret its ARN, as CloudFormation does; ministack gives its name, which no policy's resource matches.
+
+    https://docs.aws.amazon.com/AWSCloudFormation/latest/TemplateReference/aws-resource-secretsmanager-secret.html, return values.
+    """
+    from ministack.services.cloudformation import provisioners
+
+    handlers = provisioners._RESOURCE_HANDLERS["AWS::SecretsManager::Secret"]
+    create, update, delete = handlers["create"], handlers["update"], handlers["delete"]
+
+    def by_arn(made: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+        return str(made[1].get("Arn", made[0])), made[1]
+
+    handlers["create"] = lambda *given: by_arn(create(*given))
+    handlers["update"] = lambda arn, *given: by_arn(update(_secret_name(arn), *given))
+    handlers["delete"] = lambda arn, *given: delete(_secret_name(arn), *given)
+
+
+def _secret_name(arn: str) -> str:
+    """``arn:…:secret:<name>-<6 characters>`` → ``<name>``."""
+    return arn.split(":secret:", 1)[1].rsplit("-", 1)[0] if ":secret:" in arn else arn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import tarfile
 import threading
@@ -71,8 +72,10 @@ class TrainingJob(ContainerJob):
         request: Request,
         changed: threading.Condition,
         tuning_arn: str | None,
+        neighbours: int,
     ) -> None:
         super().__init__(cloud, images, settings, name=request["TrainingJobName"], request=request, changed=changed)
+        self._neighbours = neighbours
         self.metrics = Metrics(request["AlgorithmSpecification"].get("MetricDefinitions", []))
         self._checkpoints: list[FolderSync] = []
         created = now()
@@ -154,7 +157,11 @@ class TrainingJob(ContainerJob):
         return [*entrypoint, *arguments] if own_program else [*image.entrypoint, *(arguments or ["train"])]
 
     def environment(self) -> Mapping[str, str]:
-        return {"TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.record["TrainingJobArn"]}
+        variables = {"TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.record["TrainingJobArn"]}
+        if self._neighbours > 1:
+            # Instances of their own on AWS; here they share the cores, and more threads than cores is many times slower.
+            variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self._neighbours))
+        return variables
 
     def syncs(self) -> Sequence[FolderSync]:
         return self._checkpoints
@@ -330,15 +337,15 @@ class Jobs:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def create_training(self, request: Request, tuning_arn: str | None = None) -> TrainingJob:
-        """Start a training job. Raises ``ServiceError`` as CreateTrainingJob does."""
+    def create_training(self, request: Request, tuning_arn: str | None = None, neighbours: int = 1) -> TrainingJob:
+        """Start a training job, one of ``neighbours`` side by side. Raises ``ServiceError`` as CreateTrainingJob does."""
         if "TrainingImage" not in request["AlgorithmSpecification"]:
             raise invalid("AlgorithmSpecification.TrainingImage is required: only images are emulated, no marketplace algorithms.")
         self._images.check(request["AlgorithmSpecification"]["TrainingImage"])
         if "CheckpointConfig" in request:
             require_mounted("CheckpointConfig.LocalPath", request["CheckpointConfig"].get("LocalPath", _DEFAULT_CHECKPOINTS))
         assume(self._cloud, request["RoleArn"], request["TrainingJobName"])
-        job = TrainingJob(self._cloud, self._images, self._settings, request, self.changed, tuning_arn)
+        job = TrainingJob(self._cloud, self._images, self._settings, request, self.changed, tuning_arn, neighbours)
         self._add(self._training, job, "Training job names", "training job", job.record["TrainingJobArn"])
         return job
 

@@ -61,15 +61,31 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         strategy, limits = self.config["Strategy"], self.config["ResourceLimits"]
-        start = min(10, max(2, limits.get("MaxNumberOfTrainingJobs", 30) // 3))
+        count = limits.get("MaxNumberOfTrainingJobs", 30)
+        start = min(count, 10, max(3, count // 3))
         sampler: Any = optuna.samplers.RandomSampler(seed=self.seed)
         if strategy == "Bayesian":
             sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=start, constant_liar=True)
         direction: Any = "maximize" if self.config["HyperParameterTuningJobObjective"]["Type"] == "Maximize" else "minimize"
         pruner = self._pruner(optuna) if strategy == "Hyperband" else optuna.pruners.NopPruner()
         self.study = optuna.create_study(direction=direction, sampler=sampler, pruner=pruner)
+        if strategy == "Bayesian":
+            self._spread(start)
         if strategy == "Grid":
             self._grid = grid(self.config["ParameterRanges"])
+
+    def _spread(self, count: int) -> None:
+        """Begin with a Latin hypercube (McKay et al., 1979): few trials, yet every stratum of every range is tried once."""
+        from scipy.stats import qmc
+
+        ranges = self.config.get("ParameterRanges", {})
+        kinds = ("Continuous", "Integer", "Categorical")
+        items = [(kind, item) for kind in kinds for item in ranges.get(f"{kind}ParameterRanges", [])]
+        if not items:
+            return
+        for point in qmc.LatinHypercube(len(items), rng=self.seed).random(count).tolist():
+            values = {item["Name"]: _at(kind, item, share) for (kind, item), share in zip(items, point, strict=True)}
+            self.study.enqueue_trial(values)
 
     def _pruner(self, optuna: Any) -> Any:
         given = self.config.get("StrategyConfig", {}).get("HyperbandStrategyConfig", {})
@@ -99,6 +115,20 @@ class Search:
 
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
         self.study.tell(trial, value, state=state)
+
+
+def _at(kind: str, item: Record, share: float) -> Any:
+    """The value at ``share`` (0 to 1) of a range, on the scale that the range names; Optuna's form of it."""
+    if kind == "Categorical":
+        return item["Values"][int(share * len(item["Values"]))]
+    low, high = float(item["MinValue"]), float(item["MaxValue"])
+    reverse = item.get("ScalingType") == "ReverseLogarithmic"
+    if reverse:
+        low, high = 1.0 - high, 1.0 - low
+    logarithmic = reverse or _logarithmic(item, low, high)
+    value = low * (high / low) ** share if logarithmic else low + share * (high - low)
+    value = min(max(value, low), high)  # rounding must not leave the range
+    return round(value) if kind == "Integer" else value
 
 
 def grid(ranges: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -214,7 +244,9 @@ class TuningJob:
     def _launch(self) -> None:
         proposed, values = self._search.ask()
         name = f"{self.name}-{len(self.trials) + 1:03d}-{secrets.token_hex(4)}"
-        job = self._jobs.create_training(self._training_request(name, values), self.record["HyperParameterTuningJobArn"])
+        neighbours = min(self._limit, self._config["ResourceLimits"]["MaxParallelTrainingJobs"])
+        request = self._training_request(name, values)
+        job = self._jobs.create_training(request, self.record["HyperParameterTuningJobArn"], neighbours)
         with self._jobs.changed:
             self.trials.append(Trial(job=job, values=values, optuna=proposed))
 

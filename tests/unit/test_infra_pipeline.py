@@ -185,9 +185,7 @@ class Account:
         return {"TrainingJobName": request["TrainingJobName"], "ModelArtifacts": {"S3ModelArtifacts": artifact}}
 
     def on_find_server_image(self, request: dict[str, Any]) -> Any:
-        if not self.image_built:
-            raise TaskError("Ecr.ImageNotFoundException", "no such tag")
-        return {}
+        return {"Images": [{"ImageId": request["ImageIds"][0]}] if self.image_built else [], "Failures": []}
 
     def on_register(self, request: dict[str, Any]) -> Any:
         return {"ModelPackageArn": "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -220,3 +221,24 @@ def test_hyperband_needs_early_stopping_off_and_a_missing_job_is_not_found(call:
     assert missing.value.code == "ResourceNotFound"
     call("CreateHyperParameterTuningJob", **tuning("band", "Hyperband", ResourceLimits=limits))
     assert finish(call, "band")["HyperParameterTuningJobStatus"] == "Completed"
+
+
+def test_the_first_trials_of_a_bayesian_search_cover_every_stratum():
+    ranges = {
+        "ContinuousParameterRanges": [{"Name": "lr", "MinValue": "0.01", "MaxValue": "0.1", "ScalingType": "Logarithmic"}],
+        "IntegerParameterRanges": [{"Name": "layers", "MinValue": "1", "MaxValue": "9"}],
+        "CategoricalParameterRanges": [{"Name": "batch_size", "Values": ["64", "128", "256"]}],
+    }
+    config = {
+        "Strategy": "Bayesian",
+        "ResourceLimits": {"MaxNumberOfTrainingJobs": 3},
+        "HyperParameterTuningJobObjective": {"Type": "Maximize"},
+        "ParameterRanges": ranges,
+    }
+    for seed in range(5):
+        search = Search(config, seed)
+        values = [search.ask()[1] for _ in range(3)]
+        assert {v["batch_size"] for v in values} == {"64", "128", "256"}
+        thirds = {int((math.log10(float(v["lr"])) + 2) * 3) for v in values}
+        assert thirds == {0, 1, 2}
+        assert all(1 <= int(v["layers"]) <= 9 for v in values)
