@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import string
 import time
 import uuid
 from collections.abc import Callable
@@ -173,9 +175,11 @@ def add_resource_type(
 
 
 def correct_secrets() -> None:
-    """Make ``Ref`` of a secret its ARN, as CloudFormation does; ministack gives its name, which no policy's resource matches.
+    """Two corrections of ministack's secrets, so that a template means what it means on AWS.
 
-    https://docs.aws.amazon.com/AWSCloudFormation/latest/TemplateReference/aws-resource-secretsmanager-secret.html, return values.
+    ``Ref`` of a secret is its ARN (ministack: its name, which no policy's resource matches), and a generated secret honours
+    ``ExcludePunctuation`` and comes from the system's random source (ministack: neither).
+    https://docs.aws.amazon.com/AWSCloudFormation/latest/TemplateReference/aws-resource-secretsmanager-secret.html
     """
     from ministack.services.cloudformation import provisioners
 
@@ -185,9 +189,26 @@ def correct_secrets() -> None:
     def by_arn(made: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
         return str(made[1].get("Arn", made[0])), made[1]
 
-    handlers["create"] = lambda *given: by_arn(create(*given))
+    handlers["create"] = lambda logical_id, given, stack: by_arn(create(logical_id, _generated(given), stack))
     handlers["update"] = lambda arn, *given: by_arn(update(_secret_name(arn), *given))
     handlers["delete"] = lambda arn, *given: delete(_secret_name(arn), *given)
+
+
+def _generated(properties: dict[str, Any]) -> dict[str, Any]:
+    """The secret's properties with a generated text in place of the rule for it."""
+    rule = properties.get("GenerateSecretString")
+    if rule is None or "SecretStringTemplate" in rule:
+        return properties
+    kinds = {
+        "ExcludeLowercase": string.ascii_lowercase,
+        "ExcludeUppercase": string.ascii_uppercase,
+        "ExcludeNumbers": string.digits,
+        "ExcludePunctuation": string.punctuation,
+    }
+    alphabet = "".join(text for name, text in kinds.items() if str(rule.get(name, False)).lower() != "true")
+    allowed = [character for character in alphabet if character not in rule.get("ExcludeCharacters", "")]
+    text = "".join(secrets.choice(allowed) for _ in range(int(rule.get("PasswordLength", 32))))
+    return {**properties, "SecretString": text}
 
 
 def _secret_name(arn: str) -> str:

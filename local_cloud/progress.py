@@ -72,9 +72,11 @@ class Follower:
             return self._until_ended(lambda: live.update(self._draw()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds spent in each state, summed over its visits, in order of first visit."""
+        """Seconds spent in each state that takes time, summed over its visits, in order of first visit."""
         spent: dict[str, float] = {}
         for visit in self.visits:
+            if visit.kind in _QUIET and visit.kind != "Wait":
+                continue
             spent[visit.name] = round(spent.get(visit.name, 0.0) + (visit.ended_s or visit.started_s) - visit.started_s, 1)
         return spent
 
