@@ -117,9 +117,8 @@ def _machine_input(arguments: argparse.Namespace, chosen: source.Source, weights
 
 def _recognise(weights: Path) -> str:
     """Architecture of a state dict, found in a child process: it needs torch, which this one does without."""
-    code = "import sys; from classifier.model import recognise_file; print(recognise_file(sys.argv[1]))"
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "model_code")}
-    found = subprocess.run([sys.executable, "-c", code, str(weights)], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "classifier.model", str(weights)]
+    found = subprocess.run(command, cwd=PROJECT / "model_code", capture_output=True, text=True, check=False)
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["unknown"])[-1]
         raise RunError(f"WEIGHTS={weights}: {reason}. Name the architecture with BACKBONE=<torchvision model>")
@@ -233,7 +232,8 @@ def upload(chosen: source.Source, weights: Path | None, bucket: str, console: Co
 
 
 def client(service: str) -> Any:
-    return emulator.root_session().client(service, endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    session: Any = emulator.root_session()
+    return session.client(service, endpoint_url=os.environ["AWS_ENDPOINT_URL"])
 
 
 # ---- The execution ------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def execute(
 
 def keep(outputs: dict[str, str], ended: dict[str, Any], root: Path) -> Path:
     """Copy the run's reports and logs out of the cloud, which takes its bucket with it; returns their folder."""
-    kept = PROJECT / "build" / "runs" / ended["name"]
+    kept = PROJECT / "build" / "runs" / str(ended["name"])
     kept.mkdir(parents=True, exist_ok=True)
     s3, prefix = client("s3"), f"runs/{ended['name']}/"
     for part in ("report", "rule-output", "evaluation", "prepare"):

@@ -19,7 +19,7 @@ td.n{font-variant-numeric:tabular-nums}.muted{color:#6b7280}
 .cards{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}.card{border:1px solid #e5e7eb;border-radius:8px;padding:8px 14px}
 .card b{display:block;font-size:22px}.fired{color:#b91c1c;font-weight:600}.fine{color:#047857}
 .grid>div{min-width:0;overflow:hidden}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:8px}details{margin:8px 0}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:8px}details{margin:8px 0}
 .scroll{max-height:420px;overflow:auto}
 """
 
@@ -278,7 +278,9 @@ def _html(title: str, body: str) -> str:
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{_e(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f"<body><h1>{_e(title)}</h1>{body}</body></html>\n"
+        # A plot drawn before its neighbour exists takes the whole row; told once that the page is whole, it takes its share.
+        f"<body><h1>{_e(title)}</h1>{body}"
+        "<script>addEventListener('load',()=>dispatchEvent(new Event('resize')))</script></body></html>\n"
     )
 
 
