@@ -29,7 +29,7 @@ from local_cloud import emulator, validation
 from local_cloud.codebuild import CodeBuild
 from local_cloud.images import Images
 from local_cloud.sagemaker import SageMaker
-from local_cloud.service import Service, ServiceError
+from local_cloud.service import Caller, Service, ServiceError
 from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
 from local_cloud.stepfunctions import StepFunctions
 
@@ -166,7 +166,8 @@ async def _read(receive: Receive) -> bytes:
     body = b""
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        part: bytes = message.get("body", b"")
+        body += part
         if len(body) > _MAX_BODY_BYTES or not message.get("more_body"):
             return body
 
@@ -208,7 +209,7 @@ def _encode(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 def _add_resource_types(sagemaker: SageMaker) -> None:
     """CloudFormation types of the template that ministack lacks."""
     group = "AWS::SageMaker::ModelPackageGroup"
-    root = emulator.Caller("", f"arn:aws:iam::{emulator.ACCOUNT}:root")
+    root = Caller("", f"arn:aws:iam::{emulator.ACCOUNT}:root")
 
     def create(_: str, properties: dict[str, Any], __: str) -> tuple[str, dict[str, Any]]:
         arn = sagemaker.call("CreateModelPackageGroup", properties, root)["ModelPackageGroupArn"]

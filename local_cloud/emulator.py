@@ -138,7 +138,7 @@ def assume(role_arn: str, service: str, name: str) -> boto3.Session:
     return boto3.Session(key, secret, token, region_name=REGION)
 
 
-def _trusts(document: dict[str, Any] | str, service: str) -> bool:
+def _trusts(document: Any, service: str) -> bool:
     policy = json.loads(document) if isinstance(document, str) else document
     return any(_statement_trusts(statement, service) for statement in policy.get("Statement", []))
 

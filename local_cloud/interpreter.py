@@ -254,7 +254,7 @@ def to_result(value: Any, shape: Shape | None) -> Any:
     return json.loads(to_json_str(value)) if not isinstance(value, str) else value
 
 
-class AwsTask(StateTaskService):
+class AwsTask(StateTaskService):  # type: ignore[misc]
     """A Task state that calls AWS: ``sagemaker:*``, ``codebuild:*``, ``lambda:invoke``, ``sns:publish`` and ``aws-sdk:*``."""
 
     clients: Clients
@@ -324,9 +324,7 @@ class AwsTask(StateTaskService):
             event_details=EventDetails(taskSubmittedEventDetails=details),
         )
 
-    def _wait(
-        self, env: Any, client: Any, request: dict[str, Any], started: dict[str, Any]
-    ) -> tuple[dict[str, Any], Shape | None]:
+    def _wait(self, env: Any, client: Any, request: dict[str, Any], started: dict[str, Any]) -> tuple[dict[str, Any], Shape | None]:
         """Poll the job until it ends; stop it when the state times out or the execution is aborted."""
         job = SYNC_JOBS.get((self.resource.service_name, self.resource.api_action))
         if job is None or self.resource.condition != "sync":
@@ -380,6 +378,6 @@ _install_lock = threading.Lock()
 def install(clients: Clients) -> None:
     """Rebind moto's two private names for this process. Safe to call again with other clients."""
     with _install_lock:
-        AwsTask.clients = staticmethod(clients)  # type: ignore[assignment]
+        AwsTask.clients = staticmethod(clients)
         StringJSONata._eval_body = _eval_jsonata_string
         state_task_factory.state_task_service_for = _task_for

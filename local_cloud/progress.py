@@ -212,7 +212,7 @@ class Follower:
         for trial in self._trials.values():
             if trial.epochs and ((trial.status == "InProgress" and trial.share < 1) or trial.name not in tuning):
                 name = f"{_short(trial.name)} epoch {trial.epoch}/{trial.epochs}"
-                progress.add_task(name, total=1.0, completed=trial.share, figures=trial.figures)
+                progress.add_task(name, total=100, completed=round(100 * trial.share), figures=trial.figures)
         return progress
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,7 +50,7 @@ class StepFunctions:
 
     def call(self, operation: str, request: dict[str, Any], caller: Caller) -> dict[str, Any]:
         """Dispatch to the operation of the same name."""
-        handlers = {
+        handlers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "StartExecution": self._start,
             "DescribeExecution": lambda r: dict(self._find(r).to_describe_output()),
             "StopExecution": self._stop,
@@ -66,7 +67,7 @@ class StepFunctions:
                 execution.stop(stop_date=datetime.now(UTC), error="LocalCloud.Stopped", cause="The local cloud was stopped")
 
     def _client(self, service: str, role_arn: str) -> Any:
-        session = self._cloud.session(role_arn, "states.amazonaws.com", "states")
+        session: Any = self._cloud.session(role_arn, "states.amazonaws.com", "states")
         config = Config(retries={"max_attempts": 0}, read_timeout=900, connect_timeout=10)
         return session.client(service, endpoint_url=self._cloud.url, region_name=self._cloud.region, config=config)
 
