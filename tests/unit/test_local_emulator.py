@@ -62,7 +62,7 @@ def role(cloud):
         "Resource": ["arn:aws:sagemaker:*:*:endpoint/mine", "arn:aws:s3:::allowed", "arn:aws:sagemaker:*:*:model/*"],
     }
     iam.put_role_policy(RoleName=name, PolicyName="p", PolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [allow]}))
-    given = cloud.client("sts").assume_role(RoleArn=made["Role"]["Arn"], RoleSessionName="s")["Credentials"]
+    given = cloud.client("sts").assume_role(RoleArn=made["Role"]["Arn"], RoleSessionName="test")["Credentials"]
     return boto3.Session(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"], region_name=emulator.REGION)
 
 
