@@ -158,6 +158,8 @@ def cloud(port: int, root: Path, console: Console) -> Iterator[Path]:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+            if child.stdin is not None:
+                child.stdin.close()
 
 
 def _wait_until_up(child: subprocess.Popen[bytes], port: int, log: Path) -> None:
