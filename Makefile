@@ -46,10 +46,16 @@ check: $(VENV)/.test  ## ruff and mypy
 synth: $(VENV)/.run $(CLI)  ## the CloudFormation template of STAGE (default dev), into cdk.out
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(CLI) synth --quiet -c stage=$(STAGE) && echo "cdk.out/ImageClassifier-$(STAGE).template.json"
 
+# What the SageMaker training container brings itself, so that our jobs do not install it over its own.
+IN_CONTAINER := torch torchvision numpy pillow boto3 botocore s3transfer protobuf jmespath urllib3 python-dateutil six sympy mpmath \
+  typing-extensions
+EXPORT = $(UV) export --quiet --frozen --no-header --no-annotate
+
 lock: $(UV)  ## write uv.lock and the requirements files made from it
 	$(UV) lock
-	$(UV) export --frozen --no-header --only-group deploy -o requirements.txt >/dev/null
-	$(UV) export --frozen --no-header --only-group server -o model_code/requirements-server.txt >/dev/null
+	$(EXPORT) --only-group deploy -o requirements.txt
+	$(EXPORT) --only-group job $(addprefix --no-emit-package ,$(IN_CONTAINER)) -o model_code/requirements.txt
+	$(EXPORT) --only-group server -o model_code/requirements-server.txt
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .uv node_modules cdk.out build .pytest_cache .mypy_cache .ruff_cache
