@@ -72,17 +72,19 @@ def _fail(console: Console, message: str) -> NoReturn:
 
 def _run(arguments: argparse.Namespace, console: Console, scratch: Path) -> None:
     started_s = time.monotonic()
-    os.environ["AWS_ENDPOINT_URL"] = f"http://localhost:{arguments.port}"
     chosen = source.choose(arguments.data, scratch)
     weights = source.checked_weights(arguments.weights) if arguments.weights else None
     machine_input = _machine_input(arguments, chosen, weights)
+    override = _override(arguments.override, chosen)
     _check_port(arguments.port)
+    os.environ["AWS_ENDPOINT_URL"] = f"http://localhost:{arguments.port}"
     console.print(f"Data: {chosen.note}", markup=False)
     with cloud(arguments.port, scratch / "cloud", console) as root:
-        outputs = deploy(arguments, chosen.stage, root, console)
+        outputs = deploy(arguments.port, chosen.stage, override, root, console)
         upload(chosen, weights, outputs["DataBucket"], console)
         follower, ended = execute(outputs, machine_input, root, console)
         kept = keep(outputs, ended, root)
+        _describe_data(kept, console)
         if ended["status"] != "SUCCEEDED":
             raise RunError(_failure_message(ended, kept))
         _announce(outputs, ended, kept, console)
@@ -113,6 +115,17 @@ def _machine_input(arguments: argparse.Namespace, chosen: source.Source, weights
     elif arguments.backbone:
         answer["backbone"] = arguments.backbone
     return {**answer, **given}
+
+
+def _override(text: str, chosen: source.Source) -> dict[str, Any]:
+    """OVERRIDE as an object, with the host that DATA names allowed as well."""
+    try:
+        override = json.loads(text or "{}")
+    except ValueError as error:
+        raise RunError(f"OVERRIDE={text}: not JSON ({error}). Example: OVERRIDE='{{\"max_trials\": 8}}'") from error
+    if not isinstance(override, dict):
+        raise RunError(f"OVERRIDE={text}: expected a JSON object, e.g. '{{\"max_trials\": 8}}'")
+    return {"allowed_hosts": list(chosen.allowed_hosts), **override} if chosen.allowed_hosts else override
 
 
 def _recognise(weights: Path) -> str:
@@ -176,9 +189,9 @@ def _wait_until_up(child: subprocess.Popen[bytes], port: int, log: Path) -> None
     raise RunError(f"the local cloud did not start within {START_TIMEOUT_S} s:\n{tail}")
 
 
-def deploy(arguments: argparse.Namespace, stage: str, root: Path, console: Console) -> dict[str, str]:
+def deploy(port: int, stage: str, override: dict[str, Any], root: Path, console: Console) -> dict[str, str]:
     """``cdk bootstrap`` and ``cdk deploy`` with the pinned CLI; returns the stack's outputs."""
-    url = f"http://localhost:{arguments.port}"
+    url = f"http://localhost:{port}"
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -201,8 +214,8 @@ def deploy(arguments: argparse.Namespace, stage: str, root: Path, console: Conso
         environment.pop(name, None)
     cdk = str(PROJECT / "node_modules" / ".bin" / "cdk")
     context = ["-c", f"stage={stage}", "-c", f"api_url={url}/restapis/{{api}}/{{stage}}/_user_request_"]
-    if arguments.override:
-        context += ["-c", f"override={arguments.override}"]
+    if override:
+        context += ["-c", f"override={json.dumps(override)}"]
     out, outputs = root / "cdk.out", root / "outputs.json"
     # Synthesized once, and deployed from there: the template that CloudFormation gets is the one on disk.
     _cdk([cdk, "synth", "--quiet", "--output", str(out), *context], environment, root, console, "Synthesizing")
@@ -275,6 +288,24 @@ def keep(outputs: dict[str, str], ended: dict[str, Any], root: Path) -> Path:
             shutil.copy(root / log, kept / log)
     (kept / "execution.json").write_text(json.dumps(ended, default=str, indent=1))
     return kept
+
+
+def _describe_data(kept: Path, console: Console) -> None:
+    """Say what preparation made of the pictures, as far as it came."""
+    result = kept / "prepare" / "result.json"
+    if not result.exists():
+        return
+    facts = json.loads(result.read_text())
+    counts = ", ".join(f"{count} {split}" for split, count in facts["num_pictures"].items())
+    made = (
+        "as given"
+        if facts["split"] == "given"
+        else "made here, seeded and stratified, since the source had no valid or test folder"
+    )
+    refused = facts["num_quarantined"]
+    console.print(f"\nData set {facts['dataset_hash']}: {facts['num_classes']} classes; {counts}; split {made}.", markup=False)
+    if refused:
+        console.print(f"{refused} file(s) were refused; their names and reasons: {kept / 'prepare' / 'report.json'}", markup=False)
 
 
 def _failure_message(ended: dict[str, Any], kept: Path) -> str:

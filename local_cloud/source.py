@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
+import urllib.parse
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import boto3
+from botocore.exceptions import BotoCoreError, ClientError
 
 from local_cloud.digits import write_digits
 
@@ -32,6 +36,8 @@ class Source:
     source: str | None
     """The machine's ``source``; None for the stage's default."""
     note: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts to add to the stage's ``allowed_hosts``: the user named them."""
 
 
 def choose(data: str | None, scratch: Path) -> Source:
@@ -40,8 +46,10 @@ def choose(data: str | None, scratch: Path) -> Source:
         return Source("local", _zip(write_digits(scratch / "digits"), scratch), None, "scikit-learn's digits")
     if data == "dogs":
         return Source("dev", None, None, "dogImages.zip from its public address")
-    if data.startswith(("https://", "s3://")):
-        return Source("dev", None, data, data)
+    if data.startswith("https://"):
+        return Source("dev", None, data, data, (urllib.parse.urlsplit(data).hostname or "",))
+    if data.startswith("s3://"):
+        return replace(choose(str(_from_s3(data, scratch)), scratch), note=data)
     if "://" in data:
         raise SourceError(f"DATA={data}: expected a folder, an archive, an https:// address, an s3:// address or 'dogs'")
     path = Path(data).expanduser().resolve()
@@ -62,6 +70,30 @@ def checked_weights(weights: str) -> Path:
     if path.suffix not in WEIGHTS:
         raise SourceError(f"WEIGHTS={weights}: expected a state dict ending in {', '.join(WEIGHTS)}")
     return path
+
+
+def _from_s3(uri: str, scratch: Path) -> Path:
+    """Copy an archive or a prefix out of the user's own S3, with the user's own credentials; the local cloud has neither."""
+    parts = urllib.parse.urlsplit(uri)
+    key = parts.path.lstrip("/")
+    target = scratch / "s3" / (Path(key).name or parts.netloc)
+    try:
+        bucket = boto3.Session().resource("s3").Bucket(parts.netloc)
+        if key.lower().endswith(ARCHIVES):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            bucket.download_file(key, str(target))
+            return target
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        for item in bucket.objects.filter(Prefix=prefix):
+            path = target / item.key.removeprefix(prefix)
+            if target.resolve() in path.resolve().parents and not item.key.endswith("/"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                bucket.download_file(item.key, str(path))
+    except (BotoCoreError, ClientError) as error:
+        raise SourceError(f"DATA={uri}: {error}. Give an s3:// address that your AWS credentials may read") from error
+    if not target.is_dir():
+        raise SourceError(f"DATA={uri}: holds no objects. Expected an archive, or a prefix of class folders")
+    return target
 
 
 def _checked_folder(folder: Path) -> Path:

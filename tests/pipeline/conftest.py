@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import urllib.error
@@ -83,9 +82,8 @@ def deployed(cloud: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", cloud.url)
-        arguments = argparse.Namespace(port=int(cloud.url.rsplit(":", 1)[1]), override=json.dumps(OVERRIDE))
         quiet = Console(quiet=True)
-        outputs = run.deploy(arguments, "local", cloud.root, quiet)
+        outputs = run.deploy(int(cloud.url.rsplit(":", 1)[1]), "local", OVERRIDE, cloud.root, quiet)
         packed = source._zip(digits, tmp_path_factory.mktemp("packed"))
         run.upload(Source("local", packed, None), None, outputs["DataBucket"], quiet)
         token = cloud.client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
