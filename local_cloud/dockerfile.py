@@ -36,8 +36,9 @@ IGNORED_COMMANDS = {
     **dict.fromkeys(("rm", "set", "true"), "there are no layers to keep small"),
 }
 """Commands of RUN accepted without effect: command → reason."""
-_PIP_DROPPED = {"--no-cache-dir", "--disable-pip-version-check", "-q", "--quiet", "--no-input", "--root-user-action=ignore"}
-_PIP_KEPT = {
+PIP_IGNORED = {"--no-cache-dir", "--disable-pip-version-check", "-q", "--quiet", "--no-input", "--root-user-action=ignore"}
+"""Options of ``pip install`` accepted without effect: uv installs, and says nothing."""
+PIP_KEPT = {
     "--require-hashes",
     "--no-deps",
     "--upgrade",
@@ -46,7 +47,8 @@ _PIP_KEPT = {
     "--pre",
     "--no-binary=:all:",
 }
-_PIP_FILES = {"-r": "-r", "--requirement": "-r", "-c": "-c", "--constraint": "-c"}
+"""Options of ``pip install`` that act as written."""
+PIP_FILES = {"-r": "-r", "--requirement": "-r", "-c": "-c", "--constraint": "-c"}
 _PIP_VALUES = {"--only-binary", "--no-binary"}
 _BASE = re.compile(r"(?:public\.ecr\.aws/docker/library/|docker\.io/library/|docker\.io/)?python:(?P<tag>[\w.-]+)")
 _VARIABLE = re.compile(r"\$(?:(?P<name>\w+)|\{(?P<braced>\w+)(?::-(?P<default>[^}]*))?\})")
@@ -266,16 +268,16 @@ class Builder:
         while rest:
             word = rest.pop(0)
             name, equals, value = word.partition("=")
-            if word in _PIP_DROPPED:
+            if word in PIP_IGNORED:
                 continue
             if word == "--root-user-action":
                 rest = rest[1:]
-            elif word in _PIP_KEPT:
+            elif word in PIP_KEPT:
                 command.append(word)
             elif word in _PIP_VALUES and rest:
                 command += [word, rest.pop(0)]
-            elif name in _PIP_FILES and (equals or rest):
-                command += [_PIP_FILES[name], str(self._place(self._absolute(value if equals else rest.pop(0))))]
+            elif name in PIP_FILES and (equals or rest):
+                command += [PIP_FILES[name], str(self._place(self._absolute(value if equals else rest.pop(0))))]
             elif word.startswith("-"):
                 self._refuse(item, f"the pip option {word} is not emulated")
             else:

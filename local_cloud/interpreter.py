@@ -359,7 +359,8 @@ _ERROR_PREFIX = {
     "ecr": "Ecr",
     "secretsmanager": "SecretsManager",
 }
-_EMULATED = frozenset({"sagemaker", "codebuild", "lambda", "sns", "aws-sdk"})
+SERVICES = frozenset({"sagemaker", "codebuild", "lambda", "sns", "aws-sdk"})
+"""Services that a Task state may call; ``aws-sdk`` is every API that the local cloud answers."""
 
 
 def _python_name(operation: str) -> str:
@@ -367,7 +368,7 @@ def _python_name(operation: str) -> str:
 
 
 def _task_for(service_name: str) -> AwsTask:
-    if service_name not in _EMULATED:
+    if service_name not in SERVICES:
         raise ValueError(f"States call the service '{service_name}', which the local cloud does not run; see local_cloud/README.md")
     return AwsTask()
 

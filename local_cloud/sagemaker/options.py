@@ -2,8 +2,8 @@
 
 ``check`` reads the tables: a field in ``SUPPORTED`` acts as on AWS; one in ``IGNORED`` is accepted, recorded and described, with a
 reason why it changes nothing locally; a value outside ``VALUES`` and every other field are refused by name. ``REFUSED`` gives the
-reasons. The README's lists are made from these tables. Paths are AWS's field names joined by dots; lists add nothing to a path; a
-path covers everything below it.
+reasons. ``local_cloud/tables.py`` makes the README's lists from these tables. Paths are AWS's field names joined by dots; lists add
+nothing to a path; a path covers everything below it.
 """
 
 from __future__ import annotations
