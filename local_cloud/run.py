@@ -118,14 +118,15 @@ def _machine_input(arguments: argparse.Namespace, chosen: source.Source, weights
 
 
 def _override(text: str, chosen: source.Source) -> dict[str, Any]:
-    """OVERRIDE as an object, with the host that DATA names allowed as well."""
+    """OVERRIDE as an object over two settings of our own: the host that DATA names is allowed, and endpoints are asked often."""
     try:
         override = json.loads(text or "{}")
     except ValueError as error:
         raise RunError(f"OVERRIDE={text}: not JSON ({error}). Example: OVERRIDE='{{\"max_trials\": 8}}'") from error
     if not isinstance(override, dict):
         raise RunError(f"OVERRIDE={text}: expected a JSON object, e.g. '{{\"max_trials\": 8}}'")
-    return {"allowed_hosts": list(chosen.allowed_hosts), **override} if chosen.allowed_hosts else override
+    hosts = {"allowed_hosts": list(chosen.allowed_hosts)} if chosen.allowed_hosts else {}
+    return {"poll_seconds": 1, **hosts, **override}
 
 
 def _recognise(weights: Path) -> str:
@@ -296,7 +297,7 @@ def _describe_data(kept: Path, console: Console) -> None:
     if not result.exists():
         return
     facts = json.loads(result.read_text())
-    counts = ", ".join(f"{count} {split}" for split, count in facts["num_pictures"].items())
+    counts = ", ".join(f"{facts['num_pictures'].get(split, 0)} {split}" for split in ("train", "valid", "test"))
     made = (
         "as given"
         if facts["split"] == "given"
