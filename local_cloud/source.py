@@ -49,7 +49,11 @@ def choose(data: str | None, scratch: Path) -> Source:
     if data.startswith("https://"):
         return Source("dev", None, data, data, (urllib.parse.urlsplit(data).hostname or "",))
     if data.startswith("s3://"):
-        return replace(choose(str(_from_s3(data, scratch)), scratch), note=data)
+        copied = _from_s3(data, scratch)
+        try:
+            return replace(choose(str(copied), scratch), note=data)
+        except SourceError as error:  # about the copy: the user knows only the address
+            raise SourceError(str(error).replace(str(copied), data)) from error
     if "://" in data:
         raise SourceError(f"DATA={data}: expected a folder, an archive, an https:// address, an s3:// address or 'dogs'")
     path = Path(data).expanduser().resolve()

@@ -86,7 +86,7 @@ def moto_cloud(root: Path) -> Iterator[FakeCloud]:
 
 
 class Client:
-    """Calls a service as the lead's server does: request and answer checked against botocore's model."""
+    """Calls a service as the local cloud's front door does: request and answer checked against botocore's model."""
 
     def __init__(self, service: Any, name: str = "sagemaker") -> None:
         self.service = service
