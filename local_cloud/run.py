@@ -283,7 +283,8 @@ def keep(outputs: dict[str, str], ended: dict[str, Any], root: Path) -> Path:
                 target = kept / item["Key"].removeprefix(prefix)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 s3.download_file(outputs["DataBucket"], item["Key"], str(target))
-    shutil.copytree(root / "logs", kept / "logs", dirs_exist_ok=True)
+    if (root / "logs").is_dir():
+        shutil.copytree(root / "logs", kept / "logs", dirs_exist_ok=True)
     for log in ("cloud.log", "cdk.log", "denied.jsonl"):
         if (root / log).exists():
             shutil.copy(root / log, kept / log)
