@@ -47,7 +47,9 @@ def _bounds(size: float, shape: Shape, path: str, unit: str) -> list[str]:
     low, high = shape.metadata.get("min"), shape.metadata.get("max")
     if (low is None or size >= low) and (high is None or size <= high):
         return []
-    return [f"{path}: {size:g} {unit} is outside {low if low is not None else '-'} to {high if high is not None else '-'}"]
+    return [
+        f"{path}: {f'{size:g} {unit}'.rstrip()} is outside {low if low is not None else '-'} to {high if high is not None else '-'}"
+    ]
 
 
 def _string(value: str, shape: Shape, path: str) -> list[str]:
