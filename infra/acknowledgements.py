@@ -18,8 +18,8 @@ KEYS = "Keys carry the name of a run or a hash of contents, both unknown when th
 NAMES = "Each execution names what it makes with this stage's prefix and a hash of its own."
 NO_RESOURCE = "These actions know no resource: registry login, metrics (limited to SageMaker's namespaces)."
 CONTAINER_LOGS = "SageMaker's job logs: one stream per job, in log groups that SageMaker makes."
-OTHER_KEYS = ("runs/*/prepare/result.json", "runs/*/evaluation/summary.json", "runs/*/evaluation/labels.json")
-SMOKE_KEYS = ("runs/*/evaluation/smoke/*",)
+OTHER_KEYS = ("runs/*/prepare/result.json", "runs/*/evaluation/summary.json", "models/*/labels.json")
+SMOKE_KEYS = ("models/*/smoke/*",)
 
 _ARN = "arn:<AWS::Partition>:{0}:<AWS::Region>:<AWS::AccountId>:{1}"
 

@@ -153,12 +153,15 @@ def report(config: StageConfig) -> Json:
     flags = {
         "run": ask("$run"),
         "run_dir": f"{INPUT}/run",
+        "run_uri": ask("'s3://${DataBucket}/runs/' & $run"),
         "tuning_job": ask("$tuning_job"),
         "training_job": ask("$training_job"),
         "report": f"{OUTPUT}/report",
         "rules": f"{OUTPUT}/rules",
     }
-    folders = ("prepare", "evaluation", "debug-output", "profiler-output")
+    # Tensors and profile are fetched by the job itself: SageMaker fails a job of which an input is empty, and they are when
+    # the training could not upload them.
+    folders = ("prepare", "evaluation")
     inputs = [_read(f"run-{folder}", ask(run_uri(f"{folder}/")), f"run/{folder}") for folder in folders]
     outputs = {"report": ("report", ask(run_uri("report"))), "rules": ("rules", ask(run_uri("rule-output")))}
     return _processing(config, "report", "ReportRole", "report.py", flags, inputs, outputs)
@@ -246,8 +249,10 @@ def tuning(config: StageConfig) -> Json:
         "StaticHyperParameters": ask(f"$merge([$static, {jsonata(_toolkit('hpo.py'))}])"),
     }
     limits = (
-        "$merge([{'MaxParallelTrainingJobs': $request.tuning.max_parallel_jobs}, $request.tuning.strategy = 'Grid' ? {} : "
-        "{'MaxNumberOfTrainingJobs': $request.tuning.max_jobs}])"
+        "$request.tuning.strategy = 'Grid' ? {'MaxParallelTrainingJobs': $request.tuning.max_parallel_jobs} : "
+        # SageMaker refuses more jobs at once than there are in all.
+        "{'MaxParallelTrainingJobs': $min([$request.tuning.max_parallel_jobs, $request.tuning.max_jobs]), "
+        "'MaxNumberOfTrainingJobs': $request.tuning.max_jobs}"
     )
     settings = {
         "Strategy": ask("$request.tuning.strategy"),
@@ -304,7 +309,8 @@ def training(config: StageConfig) -> Json:
         "Tags": tags(config),
     }
     request["Environment"] = {**request["Environment"], "RUN_OUTPUT_URI": ask("'s3://${DataBucket}/runs/' & $run")}
-    return request | (managed_debugger() if config.managed_debugger else {"ProfilerConfig": {"DisableProfiler": True}})
+    # Without these fields the profiler is off. Even to switch it off is not asked: a closed service need not accept its fields.
+    return request | (managed_debugger() if config.managed_debugger else {})
 
 
 def managed_debugger() -> Json:
@@ -449,7 +455,8 @@ def update_endpoint(config: StageConfig, expression: str = "$endpoint_config") -
             "BlueGreenUpdatePolicy": {
                 "TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 120},
                 "TerminationWaitInSeconds": 60,
-                "MaximumExecutionTimeoutInSeconds": config.endpoint.deadline_s,
+                # Our own deadline may be shorter than what SageMaker accepts here.
+                "MaximumExecutionTimeoutInSeconds": max(600, config.endpoint.deadline_s),
             },
             "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": f"{config.prefix}-endpoint-errors"}]},
         }

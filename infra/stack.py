@@ -77,7 +77,9 @@ class ImageClassifier(Stack):
         # Who may do what with whom.
         roles = [role.role_arn for role in [*jobs.roles.values(), jobs.endpoint]]
         grant_orchestration(machine_role, config=config, bucket=data, job_roles=roles)
-        allow(machine_role, ["ecr:BatchGetImage"], [server.repository.repository_arn])
+        # Register resolves the image's digest and the artifact's tag with its caller's rights.
+        allow(machine_role, ["ecr:BatchGetImage", "ecr:DescribeImages"], [server.repository.repository_arn])
+        allow(machine_role, ["s3:GetObject"], [data.arn_for_objects("models/*")])
         allow(
             machine_role,
             ["codebuild:StartBuild", "codebuild:StopBuild", "codebuild:BatchGetBuilds"],
@@ -92,8 +94,10 @@ class ImageClassifier(Stack):
         server.repository.grant_pull(jobs.endpoint)
         endpoint = f"arn:{Aws.PARTITION}:sagemaker:{Aws.REGION}:{Aws.ACCOUNT_ID}:endpoint/{config.prefix}"
         predict.predict.allow(["sagemaker:InvokeEndpoint"], [endpoint])
-        read_keys(predict.predict.role, data, ("champion.json", "runs/*/evaluation/labels.json"))
-        read_keys(smoke.role, data, ("runs/*/evaluation/smoke/*",))
+        read_keys(predict.predict.role, data, ("champion.json", "models/*/labels.json"))
+        read_keys(smoke.role, data, ("models/*/smoke/*",))
+        if config.api.auth == "iam":
+            smoke.allow(["execute-api:Invoke"], [predict.api.arn_for_execute_api("POST", "/predict", config.stage)])
 
         secret = predict.secret.secret_arn if predict.secret else "none: calls are signed with AWS credentials (api.auth iam)"
         outputs = {

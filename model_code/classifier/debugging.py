@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
+from classifier.errors import DataError
 from classifier.profiling import StepTimeline
 
 REDUCTIONS = ["min", "max", "mean", "std", "l2"]
@@ -231,13 +232,21 @@ _TENSOR_RULES: list[tuple[str, Callable[[Any, int], str | None], str]] = [
 ]
 
 
+def _trial(folder: Path) -> Any:
+    """smdebug's reader of saved tensors. Raises DataError where there are none: smdebug would wait for them for ever."""
+    from smdebug.trials import create_trial
+
+    if not any((folder / "collections").rglob("*.json")):
+        raise DataError(f"{folder} holds no saved tensors")
+    return create_trial(str(folder))
+
+
 def tensor_rules(folder: Path) -> list[Finding]:
     """Run the rules on saved tensors with smdebug's ``create_trial`` and ``invoke_rule``."""
     prepare_smdebug()
     from smdebug.rules.rule_invoker import invoke_rule
-    from smdebug.trials import create_trial
 
-    trial = create_trial(str(folder))
+    trial = _trial(folder)
     trial.training_ended = True  # never wait for more steps
     steps = trial.steps()
     if not steps:
@@ -258,9 +267,7 @@ def tensor_rules(folder: Path) -> list[Finding]:
 def loss_series(folder: Path) -> list[tuple[int, float]]:
     """``(step, loss)`` of the saved training steps."""
     prepare_smdebug()
-    from smdebug.trials import create_trial
-
-    trial = create_trial(str(folder))
+    trial = _trial(folder)
     names = [name for name in trial.tensor_names(collection="losses") if name.endswith("output_0")]
     if not names:
         return []

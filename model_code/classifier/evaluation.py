@@ -38,8 +38,6 @@ class EvaluateFlags:
     run: str = ""
     model_uri: str = ""
     """Where ``artifact`` will be uploaded; empty derives it from champion_uri's bucket and the run."""
-    evaluation_uri: str = ""
-    """Where ``evaluation`` will be uploaded; empty derives it likewise."""
 
 
 def unpack_model(archive: Path, folder: Path) -> Path:
@@ -141,11 +139,8 @@ def pack(model: Path, artifact: Path) -> None:
                 tar.addfile(info, file)
 
 
-def _uris(flags: EvaluateFlags) -> tuple[str, str]:
-    root = flags.champion_uri.rsplit("/", 1)[0]
-    evaluation = flags.evaluation_uri.rstrip("/") or f"{root}/runs/{flags.run}/evaluation"
-    model = flags.model_uri.rstrip("/") or f"{root}/models/{flags.run}"
-    return evaluation, f"{model}/model.tar.gz"
+def _model_uri(flags: EvaluateFlags) -> str:
+    return flags.model_uri.rstrip("/") or f"{flags.champion_uri.rsplit('/', 1)[0]}/models/{flags.run}"
 
 
 def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
@@ -171,6 +166,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
         result["num_smoke"] = write_smoke(model, info, right, folder / "smoke")
         _finish_model(source, model.info, result, flags)
         pack(source, Path(flags.artifact))
+        # What serves and what is deployed again later outlives the run's own folder, which expires.
+        shutil.copytree(folder / "smoke", Path(flags.artifact) / "smoke", dirs_exist_ok=True)
         history = source / "training.json"
         if history.is_file():
             shutil.copyfile(history, folder / "training.json")
@@ -231,7 +228,7 @@ def _finish_model(folder: Path, description: dict[str, Any], result: dict[str, A
 
 def _write(result: dict[str, Any], info: DatasetInfo, flags: EvaluateFlags) -> dict[str, Any]:
     folder = Path(flags.evaluation)
-    evaluation_uri, model_uri = _uris(flags)
+    model_uri = _model_uri(flags)
     champion = result["champion"]
     summary = {
         "top1": result["test"]["top1"],
@@ -239,10 +236,11 @@ def _write(result: dict[str, Any], info: DatasetInfo, flags: EvaluateFlags) -> d
         "num_pictures": result["test"]["num_pictures"],
         "champion_top1": champion["top1"] if champion else None,
         "num_classes": info.num_classes,
-        "labels_uri": f"{evaluation_uri}/labels.json",
-        "model_data_url": model_uri,
-        "smoke_uri": f"{evaluation_uri}/smoke/",
+        "labels_uri": f"{model_uri}/labels.json",
+        "model_data_url": f"{model_uri}/model.tar.gz",
+        "smoke_uri": f"{model_uri}/smoke/",
     }
     for name, value in (("evaluation.json", result), ("summary.json", summary), ("labels.json", info.labels)):
         (folder / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copyfile(folder / "labels.json", Path(flags.artifact) / "labels.json")
     return summary

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from classifier import charts, profiling
+from classifier import charts, profiling, storage
 from classifier.debugging import Finding, history_rules, loss_series, tensor_rules
 
 _STYLE = """
@@ -34,6 +34,27 @@ class ReportFlags:
     rules: str
     tuning_job: str = ""
     training_job: str = ""
+    run_uri: str = ""
+    """Where the run's files are stored: tensors and profile are fetched from there. Empty: they lie in ``run_dir`` already."""
+
+
+WATCHED = ("debug-output", "profiler-output")
+
+
+def fetch_watched(flags: ReportFlags) -> list[str]:
+    """Copy what was recorded during the training into ``run_dir``; notes say what is missing. Never raises.
+
+    The job does this itself because SageMaker fails a processing job of which an input holds no object.
+    """
+    notes = []
+    for name in WATCHED if flags.run_uri else ():
+        uri = f"{flags.run_uri.rstrip('/')}/{name}/"
+        try:
+            if not storage.download_all(uri, Path(flags.run_dir) / name):
+                notes.append(f"{uri} is empty: the log of the training job says why nothing was uploaded")
+        except Exception as problem:
+            notes.append(f"{uri} could not be read ({type(problem).__name__}: {problem})")
+    return notes
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -110,7 +131,7 @@ def collect(flags: ReportFlags) -> dict[str, Any]:
     evaluation = _json(root / "evaluation" / "evaluation.json")
     training = _json(root / "evaluation" / "training.json")
     prepared, result = _json(root / "prepare" / "report.json"), _json(root / "prepare" / "result.json")
-    notes = [note for note in (trials_note, job_note) if note]
+    notes = [*fetch_watched(flags), *(note for note in (trials_note, job_note) if note)]
     notes += [
         f"{name} is missing from the run" for name, found in (("evaluation", evaluation), ("prepare report", prepared)) if not found
     ]

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -134,6 +135,18 @@ def download(uri: str, target: Path) -> None:
         return
     bucket, key = _split(uri)
     s3().download_file(bucket, key, str(target))
+
+
+def download_all(uri: str, folder: Path) -> int:
+    """Copy every object under a prefix into ``folder``; returns how many. Names that would leave it raise DataError."""
+
+    def fetch(entry: Entry) -> None:
+        if ".." in Path(entry.name).parts or entry.name.startswith("/"):
+            raise DataError(f"{entry.uri} would be written outside of {folder}: remove that object")
+        download(entry.uri, folder / entry.name)
+
+    with ThreadPoolExecutor(16, thread_name_prefix="download") as pool:
+        return sum(1 for _ in pool.map(fetch, listing(uri)))
 
 
 def upload(path: Path, uri: str) -> None:

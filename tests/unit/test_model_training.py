@@ -205,6 +205,10 @@ def test_evaluation_and_report_of_the_job(job: Path, dataset: Path, tmp_path: Pa
     assert sum(map(sum, found["confusion"])) == 12
     with tarfile.open(tmp_path / "artifact" / "model.tar.gz") as tar:
         assert {"model.json", "model.onnx", "code/server.py", "code/classifier/serving.py"} <= set(tar.getnames())
+    # The run's folder expires; what an endpoint needs lies beside its model.
+    assert summary["labels_uri"] == (tmp_path / "models" / "r<1>" / "labels.json").as_uri().replace("%3C", "<").replace("%3E", ">")
+    assert len(json.loads((tmp_path / "artifact" / "labels.json").read_text())) == 3
+    assert (tmp_path / "artifact" / "smoke" / "smoke.json").is_file()
     champion = {"run": "old", "model_data_url": (tmp_path / "artifact" / "model.tar.gz").as_uri()}
     (tmp_path / "champion.json").write_text(json.dumps(champion))
     assert evaluate(flags)["champion_top1"] == summary["top1"]
@@ -223,6 +227,31 @@ def test_evaluation_and_report_of_the_job(job: Path, dataset: Path, tmp_path: Pa
     parts = tmp_path / "rules" / "ProfilerReport" / "profiler-output"
     assert (parts / "profiler-report.html").is_file()
     assert len(list((parts / "profiler-reports").glob("*.json"))) == 11
+
+
+def test_a_report_without_tensors_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The training could not upload them: the report says so, and smdebug does not wait for them."""
+    monkeypatch.setattr(reporting, "_client", lambda: (_ for _ in ()).throw(ConnectionError("no service")))
+    stored, run = tmp_path / "stored", tmp_path / "run"
+    (stored / "profiler-output").mkdir(parents=True)
+    flags = reporting.ReportFlags("r", str(run), str(tmp_path / "report"), str(tmp_path / "rules"), run_uri=stored.as_uri())
+    notes = reporting.write(flags)["notes"]
+    for name in reporting.WATCHED:
+        assert any(f"{name}/ is empty" in note for note in notes)
+    assert any("holds no saved tensors" in note for note in notes)
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_the_report_fetches_what_the_training_uploaded(tmp_path: Path):
+    stored = tmp_path / "stored" / "debug-output" / "events" / "000"
+    stored.mkdir(parents=True)
+    (stored / "1.tfevents").write_bytes(b"x")
+    run = tmp_path / "run"
+    flags = reporting.ReportFlags("r", str(run), "", "", run_uri=(tmp_path / "stored").as_uri())
+    notes = reporting.fetch_watched(flags)
+    assert (run / "debug-output" / "events" / "000" / "1.tfevents").read_bytes() == b"x"
+    assert len(notes) == 1
+    assert "profiler-output" in notes[0]
 
 
 def test_rules_fire_on_what_they_are_for():
