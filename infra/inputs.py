@@ -14,6 +14,8 @@ FIELDS = tuple(MachineInput.model_fields)
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 UPLOADS = ("incoming/", "pretrained/")
 """Where users put pictures and weights in the data bucket: the only places jobs may read them from."""
+MAX_KEY = 180
+"""Characters of a key given as source."""
 
 # Set by the state machine itself, from other fields or from the search.
 RESERVED_HYPERPARAMETERS = ("recipe", "backbone", "pretrained", "image_size", "learning_rate", "batch_size")
@@ -35,7 +37,7 @@ def merge(config: StageConfig) -> str:
 
 def check(config: StageConfig) -> str:
     """JSONata source of one line that names every bad field, its value, and what was expected; empty when all is well."""
-    sentences = ", ".join([_is_object(), *_unknown(), *_top_level(config), *_tuning(config), *_gate()])
+    sentences = ", ".join([_is_object(), _run_name(), *_unknown(), *_top_level(config), *_tuning(config), *_gate()])
     return (
         "($shown := function($value) { $substring($string($value), 0, 200) }; "
         "$bad := function($name, $value, $ok, $expected) "
@@ -60,6 +62,13 @@ def _bad(name: str, value: str, condition: str, expected: str) -> str:
 def _is_object() -> str:
     """The input as a whole."""
     return _bad("The input", "$states.input", "$type($states.input) = 'object'", 'a JSON object such as {} or {"recipe": "head"}')
+
+
+def _run_name() -> str:
+    """The execution's name: it becomes a part of S3 keys and a tag, which take fewer characters than Step Functions does."""
+    return _bad(
+        "The execution's name", "$run", "$contains($run, /^[A-Za-z0-9._-]+$/)", "letters, digits, dots, hyphens and underscores"
+    )
 
 
 def _unknown() -> list[str]:
@@ -139,6 +148,8 @@ def _source(config: StageConfig) -> str:
         "$contains($s, /^s3:/) ? ($contains($s, 's3://${DataBucket}/') ? "
         f"({uploads}) : $substringBefore($substringAfter($s, 's3://'), '/') in {buckets}) : "
         f"$contains($s, ':') ? false : ({uploads.replace('$key', '$s')}))"
+        # With the bucket's name before it, a job's argument has at most 256 characters.
+        f" ? $length($i.source) <= ($contains($i.source, ':') ? 256 : {MAX_KEY}) : false"
     )
 
 
@@ -148,7 +159,7 @@ def _source_expectation(config: StageConfig) -> str:
     buckets = "".join(f", s3://{bucket}/…" for bucket in config.source_buckets)
     return (
         f"a key prefix or archive in the data bucket that begins with {' or '.join(UPLOADS)}, s3://${{DataBucket}}/incoming/…"
-        f"{buckets}, or an https:// archive on an allowed host ({hosts})"
+        f"{buckets}, or an https:// archive on an allowed host ({hosts}); at most {MAX_KEY} characters for a key, 256 with ://"
     )
 
 

@@ -38,7 +38,8 @@ class Notifications(Construct):
                 principals=[iam.ServicePrincipal("cloudwatch.amazonaws.com")],
                 actions=["kms:Decrypt", "kms:GenerateDataKey*"],
                 resources=["*"],
-                conditions={"StringEquals": {"aws:SourceAccount": Aws.ACCOUNT_ID}},
+                # AWS's own example has no condition here either: SNS asks for the key, and an alarm that cannot be sent is
+                # silent. Whose alarms may use the topic is the topic's policy.
             )
         )
         self.topic = sns.Topic(self, "Topic", display_name=config.prefix, master_key=self.key, enforce_ssl=True)

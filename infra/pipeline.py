@@ -417,7 +417,7 @@ def _proof_states(config: StageConfig) -> Json:
     write["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
     message = (
         f"'Run ' & $run & ' serves on endpoint {config.prefix}: test top1 ' & $string($round($champion.top1, 4)) & "
-        f"'. API: ${{ApiUrl}} Report: ' & {requests.run_uri('report/report.html')}"
+        "'. API: ${ApiUrl} Report: s3://${DataBucket}/runs/' & $champion.run & '/report/report.html'"
     )
     return {
         "SmokeTest": smoke,
@@ -565,7 +565,8 @@ def _explanation() -> str:
         "$why := $exists($job.ExitMessage) ? $job.ExitMessage : $exists($job.FailureReason) ? $job.FailureReason : "
         "$inside('errorMessage') ? $parse($c).errorMessage : $c; "
         f"$advice := $lookup({json.dumps(ADVICE)}, $failure.state); "
-        "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & ' ' & "
+        "$end := $substring($why, -1) in ['.', '!', '?'] ? ' ' : '. '; "
+        "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & $end & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "
         "' What this run had deployed was removed; a model that served before still does.')"
     )

@@ -68,8 +68,8 @@ def read_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> None
 
 
 def _listed(key: str) -> str:
-    """The listing pattern for a key pattern: SageMaker lists ``datasets/<hash>`` with and without a slash."""
-    return key if key.endswith("*") else f"{key}*"
+    """The listing pattern for a key pattern: SageMaker lists a folder with and without the slash at its end."""
+    return f"{key.removesuffix('*').removesuffix('/')}*"
 
 
 def write_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> None:

@@ -24,15 +24,37 @@ from infra.functions import Function, log_group
 BINARY_TYPES = [
     "image/*",
     "image/jpeg",
+    "image/jpg",
     "image/png",
     "image/webp",
     "image/bmp",
+    "image/x-ms-bmp",
     "image/tiff",
     "application/x-image",
     "application/octet-stream",
 ]
 
-_ERRORS: tuple[tuple[str, apigateway.ResponseType, str, str, str, dict[str, str]], ...] = (
+_Error = tuple[str, apigateway.ResponseType, str, str, str, dict[str, str]]
+
+_ADDRESSES = "Use POST /predict, GET /labels, GET /health, GET /openapi.json or GET /."
+# With IAM, API Gateway gives the same answer to an unknown address and to a call without a signature.
+_NO_SUCH: _Error = (
+    "MissingToken",
+    apigateway.ResponseType.MISSING_AUTHENTICATION_TOKEN,
+    "404",
+    "not_found",
+    f"There is no such address. {_ADDRESSES}",
+    {},
+)
+_UNSIGNED: _Error = (
+    "MissingToken",
+    apigateway.ResponseType.MISSING_AUTHENTICATION_TOKEN,
+    "403",
+    "forbidden",
+    f"The call is not signed with AWS credentials (Signature Version 4), or there is no such address. {_ADDRESSES}",
+    {},
+)
+_ERRORS: tuple[_Error, ...] = (
     (
         "Unauthorized",
         apigateway.ResponseType.UNAUTHORIZED,
@@ -43,19 +65,11 @@ _ERRORS: tuple[tuple[str, apigateway.ResponseType, str, str, str, dict[str, str]
     ),
     ("Forbidden", apigateway.ResponseType.ACCESS_DENIED, "403", "forbidden", "This token may not do that.", {}),
     (
-        "MissingToken",
-        apigateway.ResponseType.MISSING_AUTHENTICATION_TOKEN,
-        "404",
-        "not_found",
-        "There is no such address. Use POST /predict, GET /labels, GET /health, GET /openapi.json or GET /.",
-        {},
-    ),
-    (
         "TooLarge",
         apigateway.ResponseType.REQUEST_TOO_LARGE,
         "413",
         "too_large",
-        "The picture is too large; send at most 4.5 MB.",
+        "The picture is too large; send it scaled down.",
         {},
     ),
     (
@@ -106,12 +120,19 @@ class ServerImage(Construct):
         """Build and push one tag."""
         commands = {
             "pre_build": 'aws ecr get-login-password | docker login --username AWS --password-stdin "${REPOSITORY_URI%%/*}"',
-            # SageMaker does not read the image index that provenance attestations make.
-            "build": 'docker build --provenance=false --tag "$REPOSITORY_URI:$IMAGE_TAG" .',
-            "post_build": 'docker push "$REPOSITORY_URI:$IMAGE_TAG"',
+            "build": 'docker build --tag "$REPOSITORY_URI:$IMAGE_TAG" .',
+            # Tags never change: when another execution built the same image meanwhile, that one is used.
+            "post_build": (
+                'docker push "$REPOSITORY_URI:$IMAGE_TAG" || docker manifest inspect "$REPOSITORY_URI:$IMAGE_TAG" > /dev/null'
+            ),
         }
         phases = {name: {"commands": [command], "on-failure": "ABORT"} for name, command in commands.items()}
-        variables = {"REPOSITORY_URI": self.repository.repository_uri, "IMAGE_TAG": self.tag}
+        variables = {
+            "REPOSITORY_URI": self.repository.repository_uri,
+            "IMAGE_TAG": self.tag,
+            # SageMaker does not read the image index that attestations make. A variable, unlike the option, suits any builder.
+            "BUILDX_NO_DEFAULT_ATTESTATIONS": "1",
+        }
         return codebuild.Project(
             self,
             "Project",
@@ -194,11 +215,17 @@ class PredictApi(Construct):
                 "DATA_BUCKET": bucket.bucket_name,
                 "STATE_MACHINE_NAME": self.config.prefix,
                 "MAX_MEGAPIXELS": str(self.config.api.max_megapixels),
+                **self._endpoint_limits(),
                 "AUTH": self.config.api.auth,
             },
             timeout_s=29,
             memory_mb=512,
         )
+
+    def _endpoint_limits(self) -> dict[str, str]:
+        """What the Lambda must know of the endpoint: a serverless one takes 4 MB, and starts after a pause."""
+        serverless = self.config.endpoint.mode == "serverless"
+        return {"MAX_BYTES": "4000000" if serverless else "4718592", "ON_DEMAND": "true" if serverless else "false"}
 
     def _rest_api(self) -> apigateway.RestApi:
         """The API with one stage, its access log and its limits."""
@@ -235,6 +262,9 @@ class PredictApi(Construct):
                 access_log_format=apigateway.AccessLogFormat.custom(json.dumps(fields)),
             ),
         )
+        # API Gateway would make this log group itself, and keep its entries for ever.
+        name = f"API-Gateway-Execution-Logs_{api.rest_api_id}/{config.stage}"
+        api.deployment_stage.node.add_dependency(log_group(self, "ExecutionLog", config=config, name=name))
         # CDK's own output would contradict ApiUrl wherever the address is configured.
         api.node.try_remove_child("Endpoint")
         return api
@@ -264,7 +294,8 @@ class PredictApi(Construct):
 
     def _gateway_responses(self) -> None:
         """API Gateway's own errors in the envelope of all others."""
-        for name, kind, status, error, message, headers in _ERRORS:
+        signed = self.config.api.auth == "iam"
+        for name, kind, status, error, message, headers in [*_ERRORS[:2], _UNSIGNED if signed else _NO_SUCH, *_ERRORS[2:]]:
             text = json.dumps(message) if message else "$context.error.messageString"
             self.api.add_gateway_response(
                 name,

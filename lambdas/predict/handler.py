@@ -18,8 +18,8 @@ from model import Model
 from page import page
 from pictures import TYPES, NotAPictureError, read_header
 
-MAX_BYTES = 4_718_592
-"""4.5 MiB: with base64 and its envelope this is what a synchronous Lambda call carries (6 MB)."""
+MAX_BYTES = int(os.environ.get("MAX_BYTES", "4718592"))
+"""4.5 MiB: with base64 and its envelope this is what a synchronous Lambda call carries (6 MB). Serverless endpoints take less."""
 
 log = logging.getLogger("api")
 log.setLevel(os.environ.get("LOG_LEVEL", "INFO"))
@@ -32,6 +32,7 @@ def model() -> Model:
         endpoint=os.environ["ENDPOINT_NAME"],
         bucket=os.environ["DATA_BUCKET"],
         state_machine=os.environ["STATE_MACHINE_NAME"],
+        on_demand=os.environ.get("ON_DEMAND") == "true",
     )
 
 
@@ -135,8 +136,9 @@ def _body(event: dict[str, Any]) -> bytes:
 
 
 def _too_large(size: int) -> HttpError:
-    """A picture that no Lambda call can carry."""
-    return HttpError(413, "too_large", f"The picture has {size / 1e6:.1f} MB; send at most 4.5 MB, for example scaled down.")
+    """A picture that no Lambda call, or no call of the endpoint, can carry."""
+    limit = MAX_BYTES / 2**20
+    return HttpError(413, "too_large", f"The picture has {size / 2**20:.1f} MB; send at most {limit:.1f} MB: scale it down.")
 
 
 def _check(picture: bytes) -> None:

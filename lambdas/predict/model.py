@@ -28,10 +28,12 @@ _TRANSIENT = {
 class Model:
     """One endpoint and the champion beside it. Clients are made on first use and kept for the Lambda's life."""
 
-    def __init__(self, *, endpoint: str, bucket: str, state_machine: str) -> None:
+    def __init__(self, *, endpoint: str, bucket: str, state_machine: str, on_demand: bool = False) -> None:
+        """``on_demand``: the endpoint starts with the first request after a pause, which may take longer than a request may."""
         self.endpoint = endpoint
         self.bucket = bucket
         self.state_machine = state_machine
+        self.on_demand = on_demand
         self.runtime = boto3.client("sagemaker-runtime", config=_RUNTIME)
         self.s3 = boto3.client("s3", config=Config(connect_timeout=3, read_timeout=5))
         self._labels: tuple[float, dict[str, Any]] = (float("-inf"), {})
@@ -51,6 +53,9 @@ class Model:
         except ClientError as error:
             raise self._explained(error) from error
         except (ReadTimeoutError, ConnectTimeoutError) as error:
+            if self.on_demand:
+                message = "The model is starting after a pause; send it again in some seconds."
+                raise HttpError(503, "model_starting", message, 10) from error
             raise HttpError(504, "timeout", "The model did not answer in time; send a smaller picture or try again.", 5) from error
         except EndpointConnectionError as error:
             raise HttpError(503, "unavailable", "The model's service cannot be reached; try again in some seconds.", 5) from error
@@ -65,12 +70,13 @@ class Model:
     def _read_labels(self) -> dict[str, Any]:
         try:
             champion = json.loads(self.s3.get_object(Bucket=self.bucket, Key="champion.json")["Body"].read())
-            address = urlparse(champion["labels_uri"])
-            labels = json.loads(self.s3.get_object(Bucket=address.netloc, Key=address.path.lstrip("/"))["Body"].read())
         except ClientError as error:
-            if error.response["Error"]["Code"] in {"NoSuchKey", "404"}:
+            # Who may not list the whole bucket is told AccessDenied instead of NoSuchKey.
+            if error.response["Error"]["Code"] in {"NoSuchKey", "404", "AccessDenied", "403"}:
                 raise self._no_model() from error
             raise
+        address = urlparse(champion["labels_uri"])
+        labels = json.loads(self.s3.get_object(Bucket=address.netloc, Key=address.path.lstrip("/"))["Body"].read())
         model = {name: champion.get(name) for name in ("run", "dataset_hash", "top1")}
         return {"labels": labels, "model": model}
 

@@ -13,6 +13,7 @@ import botocore.session
 import pytest
 from botocore.validate import ParamValidator
 
+from infra import requests
 from infra.config import StageConfig, load, merged
 from infra.pipeline import definition
 from local_cloud.interpreter import QueryError, evaluate_jsonata
@@ -292,6 +293,63 @@ def test_tuning_asks_for_the_promised_ranges():
     assert search["ParameterRanges"]["CategoricalParameterRanges"] == [{"Name": "batch_size", "Values": ["64", "128", "256"]}]
 
 
+def test_never_more_trials_at_once_than_in_all():
+    machine, _, _ = walk({"tuning": {"max_jobs": 1, "max_parallel_jobs": 3}})
+    limits = machine.requests["Tune"]["HyperParameterTuningJobConfig"]["ResourceLimits"]
+    assert limits == {"MaxParallelTrainingJobs": 1, "MaxNumberOfTrainingJobs": 1}
+
+
+def test_no_job_has_an_input_that_may_be_empty():
+    """SageMaker fails such a job; what a failed upload leaves empty is fetched by the report itself."""
+    machine, _, _ = walk({})
+    request = machine.requests["Report"]
+    assert [item["InputName"] for item in request["ProcessingInputs"]] == ["code", "run-prepare", "run-evaluation"]
+    arguments = request["AppSpecification"]["ContainerArguments"]
+    assert arguments[arguments.index("--run_uri") + 1] == f"s3://{BUCKET}/runs/run-1"
+
+
+class LongName(Walk):
+    """An execution whose name is as long as Step Functions allows."""
+
+    def _context(self, name: str) -> dict[str, Any]:
+        context = super()._context(name)
+        return context | {"Execution": {"Id": "arn:" + "x" * 200, "Name": "r" * 80}}
+
+
+def test_the_longest_names_fit_into_the_requests(monkeypatch: pytest.MonkeyPatch):
+    bucket = "b" * 63
+    for name, value in VALUES.items():
+        monkeypatch.setitem(VALUES, name, value.replace(BUCKET, bucket))
+    machine = LongName(config(), Account())
+    assert machine.run({"source": "incoming/" + "s" * 171})[0] == "Done"
+    for name in ("PrepareData", "CacheFeatures", "Evaluate", "Report"):
+        request = machine.requests[name]
+        program = request["AppSpecification"]
+        assert max(map(len, [*program["ContainerEntrypoint"], *program["ContainerArguments"]])) <= 256
+        assert len(program["ContainerArguments"]) <= 100
+        assert max(map(len, request["Environment"].values())) <= 256
+    assert max(map(len, machine.requests["Train"]["Environment"].values())) <= 512
+    assert max(map(len, machine.requests["Register"]["CustomerMetadataProperties"].values())) <= 256
+    for name, operation in OPERATIONS.items():
+        if name in machine.requests:
+            assert _problems(operation, machine.requests[name]) == []
+
+
+def test_a_name_that_no_tag_can_hold_is_refused():
+    class Odd(Walk):
+        def _context(self, name: str) -> dict[str, Any]:
+            return super()._context(name) | {"Execution": {"Id": "arn:x", "Name": "try (2)!"}}
+
+    last, output = Odd(config(), Account()).run({})
+    assert last == "InvalidInput"
+    assert "The execution's name is try (2)!; expected letters" in output["Cause"]
+
+
+def test_a_short_deadline_stays_within_what_an_update_accepts():
+    request = requests.update_endpoint(config("prod", endpoint={"deadline_s": 60}))
+    assert request["DeploymentConfig"]["BlueGreenUpdatePolicy"]["MaximumExecutionTimeoutInSeconds"] == 600
+
+
 def test_an_existing_image_is_not_built_again():
     account = Account()
     account.image_built = True
@@ -361,6 +419,11 @@ def test_requests_are_what_sagemaker_accepts(stage: str, strategy: str):
         assert search["ParameterRanges"]["CategoricalParameterRanges"][0]["Values"] == ["0.01", "0.021544", "0.046416", "0.1"]
 
 
+def test_a_closed_service_is_not_mentioned():
+    machine, _, _ = walk({})
+    assert not {"ProfilerConfig", "DebugHookConfig", "DebugRuleConfigurations"} & set(machine.requests["Train"])
+
+
 def test_managed_debugger_adds_awss_fields():
     machine, _, _ = walk({}, managed_debugger=True)
     assert machine.requests["Train"]["DebugHookConfig"]["S3OutputPath"].endswith("/runs/run-1/debug-output")
@@ -397,6 +460,7 @@ def test_spot_waits_longer_than_it_runs():
         ({"source": "s3://other/x/"}, "source is s3://other/x/;"),
         ({"source": f"s3://{BUCKET}/models/"}, "source is s3://data-bucket/models/;"),
         ({"source": 5}, "source is 5;"),
+        ({"source": "incoming/" + "x" * 200}, "at most 180 characters for a key"),
         ({"hyperparameters": {"learning_rate": 0.1}}, "hyperparameters is"),
         ({"hyperparameters": {"sagemaker_program": "x.py"}}, "expected only names among resize_size, epochs,"),
         ({"hyperparameters": {"epochs": [1]}}, "expected texts, numbers, true or false as values"),

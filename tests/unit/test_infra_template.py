@@ -174,6 +174,50 @@ def test_iam_instead_of_a_token(templates: dict[str, Any]):
     assert kinds == {"NONE", "AWS_IAM"}
 
 
+def test_the_smoke_test_may_sign_its_calls_where_the_api_wants_a_signature(templates: dict[str, Any]):
+    def invoking(name: str) -> list[dict[str, Any]]:
+        return [entry for entry in statements(templates[name]) if "execute-api:Invoke" in listed(entry["Action"])]
+
+    assert len(invoking("variant")) == 1
+    assert "/POST/predict" in json.dumps(invoking("variant")[0]["Resource"])
+    assert invoking("dev") == []
+    responses = of_type(templates["variant"], "AWS::ApiGateway::GatewayResponse").values()
+    (unsigned,) = [item["Properties"] for item in responses if item["Properties"]["ResponseType"] == "MISSING_AUTHENTICATION_TOKEN"]
+    assert unsigned["StatusCode"] == "403"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_folders_may_be_listed_with_and_without_the_slash(templates: dict[str, Any], stage: str):
+    """SageMaker looks for checkpoints under ``runs/<run>/checkpoints`` before a job starts."""
+    listings = [entry for entry in statements(templates[stage]) if listed(entry["Action"]) == ["s3:ListBucket"]]
+    prefixes = {prefix for entry in listings for prefix in listed(entry["Condition"]["StringLike"]["s3:prefix"])}
+    assert {"datasets*", "runs/*/checkpoints*", "runs/*/features*", "models*"} <= prefixes
+    assert "*" not in prefixes
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_alarms_may_use_the_topics_key(templates: dict[str, Any], stage: str):
+    (key,) = of_type(templates[stage], "AWS::KMS::Key").values()
+    entries = key["Properties"]["KeyPolicy"]["Statement"]
+    (alarms,) = [entry for entry in entries if entry["Principal"] == {"Service": "cloudwatch.amazonaws.com"}]
+    assert "Condition" not in alarms
+    (policy,) = of_type(templates[stage], "AWS::SNS::TopicPolicy").values()
+    entries = policy["Properties"]["PolicyDocument"]["Statement"]
+    (alarms,) = [entry for entry in entries if entry["Principal"] == {"Service": "cloudwatch.amazonaws.com"}]
+    assert alarms["Condition"] == {"StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}}
+
+
+@pytest.mark.parametrize(("stage", "limit", "on_demand"), [("dev", "4000000", "true"), ("prod", "4718592", "false")])
+def test_the_api_knows_the_limits_of_its_endpoint(templates: dict[str, Any], stage: str, limit: str, on_demand: str):
+    functions = of_type(templates[stage], "AWS::Lambda::Function").values()
+    (values,) = [
+        item["Properties"]["Environment"]["Variables"]
+        for item in functions
+        if "MAX_BYTES" in item["Properties"].get("Environment", {}).get("Variables", {})
+    ]
+    assert (values["MAX_BYTES"], values["ON_DEMAND"]) == (limit, on_demand)
+
+
 def test_a_given_serving_image_is_used(templates: dict[str, Any]):
     (machine,) = of_type(templates["variant"], "AWS::StepFunctions::StateMachine").values()
     assert machine["Properties"]["DefinitionSubstitutions"]["ServerImage"] == OWN_IMAGE

@@ -163,6 +163,23 @@ def test_a_slow_model_is_a_504(monkeypatch: pytest.MonkeyPatch):
     assert call(event())[0] == 504
 
 
+def test_a_serverless_model_that_is_starting_is_a_503(monkeypatch: pytest.MonkeyPatch):
+    def starting(**_: Any) -> Any:
+        raise ReadTimeoutError(endpoint_url="x")
+
+    monkeypatch.setattr(handler.model(), "on_demand", True)
+    monkeypatch.setattr(handler.model().runtime, "invoke_endpoint", starting)
+    status, body, headers = call(event())
+    assert (status, body["error"]["code"]) == (503, "model_starting")
+    assert int(headers["Retry-After"]) > 0
+
+
+def test_the_limit_of_a_serverless_endpoint_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(handler, "MAX_BYTES", 4_000_000)
+    status, body, _ = call(event(b"\0" * 4_100_000))
+    assert (status, body["error"]["message"]) == (413, "The picture has 3.9 MB; send at most 3.8 MB: scale it down.")
+
+
 def test_an_unforeseen_fault_is_a_500_without_details(monkeypatch: pytest.MonkeyPatch):
     def broken(**_: Any) -> Any:
         raise RuntimeError("secret detail")
@@ -186,9 +203,11 @@ def test_labels_come_from_the_champion():
     assert body["labels"] == ["cat", "dog"]
 
 
-def test_labels_before_any_model():
+@pytest.mark.parametrize("code", ["NoSuchKey", "AccessDenied"])
+def test_labels_before_any_model(code: str):
+    """S3 denies what does not exist to a role that may list some prefixes only."""
     with Stubber(handler.model().s3) as stub:
-        stub.add_client_error("get_object", "NoSuchKey")
+        stub.add_client_error("get_object", code)
         status, body, headers = call({"httpMethod": "GET", "resource": "/labels"})
     assert (status, body["error"]["code"]) == (503, "no_model")
     assert headers["Retry-After"]
