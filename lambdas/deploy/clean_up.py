@@ -34,8 +34,8 @@ def _check_name(kind: str, name: str) -> None:
 def serving_config(client: Any) -> str:
     """The configuration with which the endpoint serves or is about to; empty when there is no endpoint."""
     try:
-        name: str = client.describe_endpoint(EndpointName=os.environ["ENDPOINT_NAME"])["EndpointConfigName"]
-        return name
+        found = client.describe_endpoint(EndpointName=os.environ["ENDPOINT_NAME"])
+        return "" if found.get("EndpointStatus") == "Deleting" else str(found["EndpointConfigName"])
     except ClientError as error:
         if is_missing(error):
             return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -81,9 +82,9 @@ def delete_endpoint(client: Any, name: str, deadline: float) -> None:
 def _names(client: Any, operation: str, field: str, name: str, prefix: str) -> Iterator[str]:
     """Names of this stage's resources of one kind: ``<prefix>-<16 hex digits>``."""
     pages = client.get_paginator(operation).paginate(NameContains=f"{prefix}-")
-    for item in [item for page in pages for item in page[field]]:
-        if str(item[name]).startswith(f"{prefix}-"):
-            yield str(item[name])
+    # The digits matter: with a stack ``dogs-dev`` beside a stack ``dogs-dev-b``, one name is the start of the other's.
+    ours = re.compile(rf"{re.escape(prefix)}-[0-9a-f]{{16}}")
+    yield from [str(item[name]) for page in pages for item in page[field] if ours.fullmatch(str(item[name]))]
 
 
 def _packages(client: Any, group: str) -> list[str]:

@@ -193,6 +193,15 @@ def test_what_serves_is_kept(monkeypatch: pytest.MonkeyPatch):
         assert clean_up.handle(MADE, None)["removed"] == []
 
 
+def test_the_configuration_of_a_deleted_endpoint_does_not_serve():
+    sagemaker = client("sagemaker")
+    found = {"EndpointName": "dogs-dev", "EndpointArn": "a" * 20, "EndpointConfigName": "dogs-dev-2", "CreationTime": 0}
+    with Stubber(sagemaker) as stub:
+        for status, name in (("InService", "dogs-dev-2"), ("Deleting", "")):
+            stub.add_response("describe_endpoint", {**found, "LastModifiedTime": 0, "EndpointStatus": status})
+            assert clean_up.serving_config(sagemaker) == name
+
+
 def test_nothing_made_removes_nothing(monkeypatch: pytest.MonkeyPatch):
     sagemaker = client("sagemaker")
     stubbed(monkeypatch, sagemaker=sagemaker)
@@ -214,10 +223,11 @@ def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPat
     with Stubber(sagemaker) as stub, Stubber(states) as machine:
         machine.add_response("list_executions", {"executions": []})
         stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
-        made = {"EndpointConfigName": "dogs-dev-2", "EndpointConfigArn": "a" * 20, "CreationTime": 0}
-        others = {"EndpointConfigName": "other-dogs-dev-2", "EndpointConfigArn": "a" * 20, "CreationTime": 0}
-        stub.add_response("list_endpoint_configs", {"EndpointConfigs": [made, others]})
-        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "dogs-dev-2"})
+        digits = "0123456789abcdef"
+        names = [f"dogs-dev-{digits}", f"other-dogs-dev-{digits}", f"dogs-dev-b-{digits}", "dogs-dev-by-hand"]
+        listed = [{"EndpointConfigName": name, "EndpointConfigArn": "a" * 20, "CreationTime": 0} for name in names]
+        stub.add_response("list_endpoint_configs", {"EndpointConfigs": listed})
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": names[0]})
         stub.add_response("list_models", {"Models": []})
         stub.add_client_error("list_model_packages", "ValidationException", "Model package group does not exist.")
         properties = {"Prefix": "dogs-dev", "StateMachineArn": "arn:machine", "DeletePackages": "true"}
