@@ -25,11 +25,16 @@ def real_data() -> Path:
     return REAL_DATA
 
 
-@pytest.fixture(scope="session")
-def free_port() -> int:
+def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def free_port() -> int:
+    """A port for this module's own server; the local cloud has another."""
+    return unused_port()
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,12 @@ class CloudUnderTest:
 
 
 @pytest.fixture(scope="session")
-def cloud(tmp_path_factory: pytest.TempPathFactory, free_port: int) -> Iterator[CloudUnderTest]:
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudUnderTest]:
     """The local cloud in a process of its own, as ``make run`` starts it."""
     from rich.console import Console
 
     from local_cloud import run
 
-    root = tmp_path_factory.mktemp("cloud") / "root"
-    with run.cloud(free_port, root, Console(quiet=True)):
-        yield CloudUnderTest(root, f"http://localhost:{free_port}")
+    root, port = tmp_path_factory.mktemp("cloud") / "root", unused_port()
+    with run.cloud(port, root, Console(quiet=True)):
+        yield CloudUnderTest(root, f"http://localhost:{port}")
