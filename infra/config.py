@@ -90,7 +90,8 @@ class Jobs(Section):
     """Machines for one kind of job."""
 
     instance_type: InstanceType = "ml.m5.xlarge"
-    instance_count: int = Field(default=1, ge=1, le=20)
+    instance_count: int = Field(default=1, ge=1, le=1)
+    """One: the jobs do not share their work over several machines yet, and every further one would only cost."""
     volume_gb: int = Field(default=30, ge=10, le=16384)
     max_runtime_s: int = Field(default=3600, ge=60, le=432_000)
     spot: bool = False

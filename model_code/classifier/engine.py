@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from classifier.batches import Batches
 from classifier.config import TrainingConfig
 from classifier.errors import UserError
-from classifier.precision import ThreadGovernor, autocast
+from classifier.precision import ThreadGovernor, autocast, device_of
 
 
 class Observer(Protocol):
@@ -91,10 +91,12 @@ def train_one_epoch(
     observer.mode("train")
     governor.start()
     started = said = time.monotonic()
-    total_loss, right, seen = torch.zeros(()), torch.zeros(()), 0
-    for step, (inputs, labels) in enumerate(batches.epoch(epoch)):
+    device = device_of(model)
+    total_loss, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for step, (pictures, truth) in enumerate(batches.epoch(epoch)):
+        inputs, labels = pictures.to(device), truth.to(device)
         observer.mark("DataLoading")
-        with autocast(precision):
+        with autocast(precision, device.type):
             logits = model(inputs)
         loss: Tensor = loss_function(logits.float(), labels)
         observer.mark("Forward")
@@ -104,7 +106,8 @@ def train_one_epoch(
         optimizer.step()
         scheduler.step()
         observer.mark("Optimizer")
-        governor.step()
+        if device.type == "cpu":  # a GPU works on its own time: the clock here says nothing about shared CPUs
+            governor.step()
         total_loss += loss.detach() * len(labels)
         right += (logits.detach().argmax(dim=1) == labels).sum()
         seen += len(labels)
@@ -124,9 +127,10 @@ def evaluate(model: nn.Module, batches: Batches, *, precision: str, observer: Ob
     model.eval()
     observer.mode("eval")
     started = time.monotonic()
-    loss, right, seen = 0.0, 0, 0
-    for inputs, labels in batches.epoch(0):
-        with autocast(precision):
+    loss, right, seen, device = 0.0, 0, 0, device_of(model)
+    for pictures, truth in batches.epoch(0):
+        inputs, labels = pictures.to(device), truth.to(device)
+        with autocast(precision, device.type):
             logits = model(inputs).float()
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(dim=1) == labels).sum())

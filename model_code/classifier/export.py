@@ -89,6 +89,7 @@ def export(setup: Setup, network: nn.Module, history: list[dict[str, Any]], fold
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    network = network.cpu()  # exported and compared where it will serve
     save_file({key: value.detach().contiguous() for key, value in network.state_dict().items()}, folder / "weights.safetensors")
     write_onnx(network, setup.preprocessing.image_size, folder / "model.onnx")
     best = max(history, key=lambda row: row["valid_top1"]) if history else {}

@@ -34,6 +34,11 @@ def channel(name: str) -> Path | None:
     return Path(found) if found else None
 
 
+def device() -> torch.device:
+    """The GPU, where the container sees one. One per job: several are not used yet."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def use_threads() -> None:
     """All CPUs for torch, unless OMP_NUM_THREADS says otherwise."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpu_count()))
@@ -82,6 +87,7 @@ def _features_run(config: TrainingConfig, info: DatasetInfo) -> Setup:
 
 def _pictures_run(config: TrainingConfig, info: DatasetInfo) -> Setup:
     network, name = model.training_model(config, info.num_classes, channel("pretrained"))
+    network = network.to(device())
     preprocessing = Preprocessing.of(config.image_size, config.resize_size)
     config = replace(config, backbone=name, resize_size=preprocessing.resize_size)
     started = time.monotonic()
@@ -95,8 +101,10 @@ def _pictures_run(config: TrainingConfig, info: DatasetInfo) -> Setup:
     sample = torch.randn(min(config.batch_size, 32), 3, side, side, generator=random).contiguous(memory_format=torch.channels_last)
     if precision == "auto":
         precision = faster_precision(network, sample, train=True)
-    threads = faster_threads(network, sample, precision, train=True)
-    say(f"precision={precision} threads={threads}")
+    threads = torch.get_num_threads()
+    if device().type == "cpu":
+        threads = faster_threads(network, sample, precision, train=True)
+    say(f"device={device().type} precision={precision} threads={threads}")
     return Setup(config, info, network, train, valid, preprocessing, precision)
 
 

@@ -10,7 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from classifier import checkpoint, debugging, export, features, metrics, model, profiling, reporting, serving, training, transforms
+from classifier import (
+    checkpoint,
+    debugging,
+    engine,
+    export,
+    features,
+    metrics,
+    model,
+    profiling,
+    reporting,
+    serving,
+    training,
+    transforms,
+)
 from classifier.errors import ConfigError, WeightsError
 from classifier.evaluation import EvaluateFlags, evaluate
 from model_fakes import config, picture, prepared, run_script
@@ -227,6 +240,27 @@ def test_evaluation_and_report_of_the_job(job: Path, dataset: Path, tmp_path: Pa
     parts = tmp_path / "rules" / "ProfilerReport" / "profiler-output"
     assert (parts / "profiler-report.html").is_file()
     assert len(list((parts / "profiler-reports").glob("*.json"))) == 11
+
+
+@pytest.mark.filterwarnings("ignore::ImportWarning")  # of an old six inside pyinstrument
+def test_batches_go_where_the_weights_are():
+    """With pretended tensors on a GPU: a batch left on the CPU would end in another error than the one at the very end."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    class Two:
+        num_examples = 4
+
+        def __len__(self) -> int:
+            return 1
+
+        def epoch(self, number: int):
+            yield torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+        with pytest.raises(DataDependentOutputException):
+            engine.evaluate(network, Two(), precision="fp32", observer=engine.Silent())
 
 
 def test_a_report_without_tensors_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
