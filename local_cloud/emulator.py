@@ -42,6 +42,8 @@ def configure(root: Path, port: int) -> None:
         LOG_LEVEL="WARNING",
         MINISTACK_REGION=REGION,
         TMPDIR=str(scratch),
+        STATE_DIR=str(root / "ministack"),
+        S3_DATA_DIR=str(root / "s3"),
         # Lambda's Node.js runtime brings the AWS SDK, which CDK's bucket-emptying function requires; here npm does (package.json).
         NODE_PATH=str(Path(__file__).resolve().parent.parent / "node_modules"),
         AWS_DEFAULT_REGION=REGION,

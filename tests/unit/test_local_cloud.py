@@ -174,7 +174,7 @@ def test_the_cloud_ends_within_ten_seconds_and_leaves_nothing(tmp_path: Path, en
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = tmp_path / "root"
+    root, elsewhere = tmp_path / "root", set(Path("/tmp").glob("ministack*"))
     root.mkdir()
     with running(root, port) as process:
         start_sleeper(f"http://localhost:{port}")
@@ -190,6 +190,7 @@ def test_the_cloud_ends_within_ten_seconds_and_leaves_nothing(tmp_path: Path, en
     assert (code, alive) == (0, [])
     assert took_s < 10
     assert not root.exists()
+    assert set(Path("/tmp").glob("ministack*")) == elsewhere
     run._check_port(port)
 
 
@@ -197,7 +198,7 @@ def test_killed_hard_it_takes_its_jobs_with_it(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = tmp_path / "root"
+    root, elsewhere = tmp_path / "root", set(Path("/tmp").glob("ministack*"))
     root.mkdir()
     with running(root, port) as process:
         start_sleeper(f"http://localhost:{port}")
