@@ -1,0 +1,57 @@
+"""After the first run: a registered model is deployed again, a failed deployment leaves the old one, a second run re-uses its data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.pipeline
+
+
+def serves(deployed, digits) -> bool:
+    path = next((digits / "test" / "6").glob("*.png"))
+    status, answer = deployed.post(path.read_bytes(), **deployed.authorized)
+    return status == 200 and answer["predictions"][0]["label"] == "6"
+
+
+def test_a_registered_model_is_deployed_again_by_updating_the_endpoint(finished, deployed, digits):
+    follower, ended = deployed.execute({"action": "deploy", "model_package": finished.output["model_package"]})
+    assert ended["status"] == "SUCCEEDED", ended.get("cause")
+    states = [visit.name for visit in follower.visits]
+    assert "UpdateEndpoint" in states
+    assert "PrepareData" not in states
+    assert serves(deployed, digits)
+    config = deployed.cloud.client("sagemaker").describe_endpoint(EndpointName="dogs-local")["EndpointConfigName"]
+    champion = deployed.cloud.client("s3").get_object(Bucket=deployed.outputs["DataBucket"], Key="champion.json")
+    assert json.loads(champion["Body"].read())["endpoint_config"] == config
+
+
+def test_a_package_that_does_not_exist_fails_with_its_name_and_the_old_endpoint_serves_on(finished, deployed, digits):
+    missing = finished.output["model_package"].rsplit("/", 1)[0] + "/99"
+    _, ended = deployed.execute({"action": "deploy", "model_package": missing})
+    assert ended["status"] == "FAILED"
+    assert "ReadPackage" in ended["cause"]
+    assert serves(deployed, digits)
+
+
+def test_nothing_is_left_of_what_was_replaced_but_the_config_that_serves(finished, deployed):
+    sagemaker = deployed.cloud.client("sagemaker")
+    assert [e["EndpointStatus"] for e in sagemaker.list_endpoints()["Endpoints"]] == ["InService"]
+    running = [j for j in sagemaker.list_training_jobs()["TrainingJobSummaries"] if j["TrainingJobStatus"] == "InProgress"]
+    assert running == []
+
+
+@pytest.mark.slow
+def test_a_second_run_reuses_the_data_set_and_the_image_and_meets_the_champion(finished, deployed, digits):
+    follower, ended = deployed.execute({})
+    assert ended["status"] == "SUCCEEDED", ended.get("cause")
+    output = json.loads(ended["output"])
+    assert output["dataset_hash"] == finished.output["dataset_hash"]
+    assert output["champion_top1"] == pytest.approx(finished.output["test_top1"])
+    states = [visit.name for visit in follower.visits]
+    assert "BuildServer" not in states
+    bucket, key = deployed.outputs["DataBucket"], f"runs/{ended['name']}/prepare/result.json"
+    result = json.loads(deployed.cloud.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read())
+    assert result["reused"] is True
+    assert serves(deployed, digits)
