@@ -123,16 +123,10 @@ class Endpoint(Section):
     memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144] = 2048
     max_concurrency: int = Field(default=5, ge=1, le=200)
     instance_type: InstanceType = "ml.c6i.large"
-    min_instances: int = Field(default=1, ge=1, le=100)
-    max_instances: int = Field(default=1, ge=1, le=100)
+    instance_count: int = Field(default=1, ge=1, le=100)
+    """Machines of a real-time endpoint. They run, and are paid for, until the endpoint is deleted: there is no autoscaling yet."""
     deadline_s: int = Field(default=1800, ge=60, le=14_400)
     """Longest time to wait for the endpoint to become InService."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_instances > self.max_instances:
-            raise ValueError(f"min_instances is {self.min_instances}; expected at most max_instances = {self.max_instances}")
-        return self
 
 
 class Api(Section):

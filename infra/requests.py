@@ -432,7 +432,7 @@ def endpoint_config(config: StageConfig) -> Json:
     else:
         variant |= {
             "InstanceType": endpoint.instance_type,
-            "InitialInstanceCount": endpoint.min_instances,
+            "InitialInstanceCount": endpoint.instance_count,
             "InitialVariantWeight": 1,
         }
     return {"EndpointConfigName": job_name(config), "ProductionVariants": [variant], "Tags": tags(config)}

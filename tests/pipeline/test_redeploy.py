@@ -1,4 +1,4 @@
-"""After the first run: a registered model is deployed again, a failed deployment leaves the old one, a second run re-uses its data."""
+"""After the first run: a model is deployed again, a failed deployment leaves the old one, a second run re-uses its data."""
 
 from __future__ import annotations
 
