@@ -109,7 +109,8 @@ class Follower:
         elif kind.endswith("StateExited") and self.visits:
             visit = next(v for v in reversed(self.visits) if v.name == event["stateExitedEventDetails"]["name"])
             visit.ended_s = at_s
-            self._say(visit, f"  {visit.name} {'failed' if visit.failed else 'done'} in {at_s - visit.started_s:.1f} s")
+            how = f"caught {visit.failed}" if visit.failed else "done"
+            self._say(visit, f"  {visit.name} {how} in {at_s - visit.started_s:.1f} s")
         elif kind in ("TaskFailed", "TaskTimedOut") and self.visits:
             details = event.get("taskFailedEventDetails") or event.get("taskTimedOutEventDetails") or {}
             self.visits[-1].failed = str(details.get("error", kind))
@@ -193,8 +194,8 @@ class Follower:
         for visit in self.visits:
             if visit.kind in _QUIET and visit.ended_s is not None:
                 continue
-            mark = Text("✗", "red") if visit.failed else Text("✓", "green") if visit.ended_s else Text("▸", "cyan")
-            table.add_row(mark, visit.name, f"{(visit.ended_s or now_s) - visit.started_s:6.1f} s", visit.failed)
+            note = f"caught {visit.failed}" if visit.failed and visit.ended_s else visit.failed
+            table.add_row(_mark(visit), visit.name, f"{(visit.ended_s or now_s) - visit.started_s:6.1f} s", note)
         return table
 
     def _trials_table(self) -> Table:
@@ -214,6 +215,13 @@ class Follower:
                 name = f"{_short(trial.name)} epoch {trial.epoch}/{trial.epochs}"
                 progress.add_task(name, total=100, completed=round(100 * trial.share), figures=trial.figures)
         return progress
+
+
+def _mark(visit: Visit) -> Text:
+    """A state that failed and went on was caught by the machine: that is its plan (no endpoint yet) or the way to CleanUp."""
+    if visit.failed:
+        return Text("!", "yellow") if visit.ended_s else Text("✗", "red")
+    return Text("✓", "green") if visit.ended_s else Text("▸", "cyan")
 
 
 def _short(name: str) -> str:

@@ -14,6 +14,8 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 # smdebug's generated code needs protobuf's pure-Python mode, chosen before the first import.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+# ministack, imported by some tests, would otherwise leave a folder in /tmp.
+os.environ.setdefault("STATE_DIR", str(PROJECT / "build" / "ministack"))
 REAL_DATA = (PROJECT / os.environ.get("REAL_DATA", "../shared")).resolve()
 
 

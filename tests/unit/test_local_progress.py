@@ -213,11 +213,11 @@ def test_a_tuning_job_that_does_not_exist_yet_is_no_error(tmp_path: Path) -> Non
     assert follower(tmp_path, (HISTORY[:5], HISTORY)).follow()["status"] == "SUCCEEDED"
 
 
-def test_a_failed_state_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_caught_failure_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failure = event("TaskFailed", 4.0, taskFailedEventDetails={"error": "States.TaskFailed", "cause": "{}"})
     shown = follower(tmp_path, ([entered("Train", 1.0), failure, exited("Train", 4.0)],))
     shown.follow()
-    assert capsys.readouterr().out.splitlines() == ["▸ Train", "  Train failed in 3.0 s"]
+    assert capsys.readouterr().out.splitlines() == ["▸ Train", "  Train caught States.TaskFailed in 3.0 s"]
     assert shown.visits[0].failed == "States.TaskFailed"
 
 
