@@ -184,7 +184,7 @@ def torchvision_state(name: str) -> dict[str, Tensor]:
     check_name(name)
     weights = models.get_model_weights(name).DEFAULT
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as problem:
         raise WeightsError(
             f"torchvision's weights for {name} could not be downloaded ({type(problem).__name__}: {str(problem)[:120]}): "

@@ -180,7 +180,12 @@ class TarSource:
 def _public_host(host: str, allowed: Sequence[str]) -> None:
     if host.lower() not in allowed:
         raise DataError(f"host {host!r} is not on the allow-list ({', '.join(allowed) or 'empty'}): add it to allowed_hosts")
-    for found in socket.getaddrinfo(host, 443, proto=socket.IPPROTO_TCP):
+    try:
+        addresses = socket.getaddrinfo(host, 443, proto=socket.IPPROTO_TCP)
+    except OSError as problem:
+        remedy = "check the address and the network, or upload the archive to S3 and give that"
+        raise DataError(f"host {host!r} was not found ({problem}): {remedy}") from None
+    for found in addresses:
         address = ipaddress.ip_address(found[4][0])
         if not address.is_global:
             raise DataError(f"host {host!r} resolves to the private address {address}: only public hosts are fetched")

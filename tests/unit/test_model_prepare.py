@@ -192,6 +192,7 @@ def test_hostile_zips_are_refused(tmp_path: Path):
     [
         ("http://example.com/x.zip", "not an https address"),
         ("https://evil.example/x.zip", "allow-list"),
+        ("https://missing.invalid/x.zip", "was not found"),
         ("https://localhost/x.zip", "private address"),
         ("https://user@good.example/x.zip", "a port or a user"),
         ("https://good.example/pictures/", "only archives"),
@@ -200,7 +201,7 @@ def test_hostile_zips_are_refused(tmp_path: Path):
 )
 def test_addresses_that_must_not_be_fetched_are_refused(tmp_path: Path, uri: str, words: str):
     with pytest.raises(DataError, match=words):
-        sources.open_source(uri, ["good.example", "localhost"], tmp_path)
+        sources.open_source(uri, ["good.example", "localhost", "missing.invalid"], tmp_path)
 
 
 def test_the_job_writes_its_outputs_and_its_failure(tmp_path: Path):
