@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from classifier.config import parse_dataclass
@@ -20,6 +20,10 @@ class Flags:
     pretrained_dir: str = ""
     image_size: int = 224
     resize_size: int = 0
+    feature_views: int = 1
+    horizontal_flip: bool = True
+    random_resized_crop_min_scale: float = 0.35
+    seed: int = 0
 
 
 def main(argv: list[str]) -> None:
@@ -27,16 +31,16 @@ def main(argv: list[str]) -> None:
     flags = parse_dataclass(Flags, argv)
     from classifier import config, features, model, training
     from classifier.dataset import read_info
-    from classifier.serving import Preprocessing
 
-    names = ("backbone", "pretrained", "image_size", "resize_size")
-    config.from_mapping({name: str(getattr(flags, name)) for name in names})  # the same checks as in training
+    places = ("dataset", "features", "pretrained_dir")
+    values = {name: str(value) for name, value in asdict(flags).items() if name not in places}
+    settings = config.from_mapping(values)  # the same checks as in training
     training.use_threads()
     info = read_info(Path(flags.dataset))
     folder = Path(flags.pretrained_dir) if flags.pretrained_dir else None
     network, name = model.pretrained_model(flags.backbone, flags.pretrained, folder)
     model.split_head(network)
-    features.cache(info, network, name, Preprocessing.of(flags.image_size, flags.resize_size), Path(flags.features))
+    features.cache(info, network.to(training.device()), name, settings, Path(flags.features))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,18 @@ from classifier.errors import base_dir, run_entry_point
 def main(argv: list[str]) -> None:
     """Train one trial."""
     config = parse(argv)  # before torch is imported: a typing error costs a second, not ten
-    from classifier import training
+    from classifier import distributed, training
 
     setup = training.prepare_run(config)
-    history = training.fit(setup)
-    folder = Path(os.environ.get("SM_MODEL_DIR", str(base_dir() / "model")))
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"hyperparameters": asdict(setup.config), "precision": setup.precision, "history": history}
-    (folder / "trial.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    checkpoints = base_dir() / "checkpoints"
+    # SageMaker makes the folder when the trial is given a CheckpointConfig: on spot machines.
+    history = training.fit(setup, checkpoints=checkpoints if checkpoints.is_dir() else None)
+    if distributed.is_main():
+        folder = Path(os.environ.get("SM_MODEL_DIR", str(base_dir() / "model")))
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"hyperparameters": asdict(setup.config), "precision": setup.precision, "history": history}
+        (folder / "trial.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    distributed.stop()
 
 
 if __name__ == "__main__":

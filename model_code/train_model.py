@@ -7,9 +7,13 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from classifier.config import TrainingConfig, parse
 from classifier.errors import base_dir, run_entry_point
+
+if TYPE_CHECKING:
+    from classifier.training import Setup
 
 
 def main(argv: list[str]) -> None:
@@ -19,34 +23,45 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: TrainingConfig, started: float) -> None:
-    """The training with everything that watches it."""
-    from classifier import export, profiling, training
+    """The training with everything that watches it; of several processes, the main one is watched."""
+    from classifier import distributed, profiling, training
     from classifier.debugging import HookObserver
-    from torch import nn
+    from classifier.engine import Silent
 
     output = Path(os.environ.get("SM_OUTPUT_DIR", str(base_dir() / "output")))
     tensors, profile = output / "tensors", output / "profiler"
     with ExitStack() as watchers:
-        if run := os.environ.get("RUN_OUTPUT_URI"):
+        if (run := os.environ.get("RUN_OUTPUT_URI")) and distributed.is_first_here():
             uploads = {tensors: f"{run.rstrip('/')}/debug-output", profile: f"{run.rstrip('/')}/profiler-output"}
             watchers.enter_context(profiling.Uploader(uploads))
-        watchers.enter_context(profiling.SystemSampler(profile))
+        if distributed.is_first_here():
+            watchers.enter_context(profiling.SystemSampler(profile))
         setup = training.prepare_run(config)
-        loss_function = nn.CrossEntropyLoss(label_smoothing=setup.config.label_smoothing)
-        interval = min(setup.config.debug_interval, max(1, len(setup.train)))
         timeline = profiling.StepTimeline(profile)
-        observer = HookObserver(setup.network, loss_function, tensors, interval, timeline)
-        watchers.callback(observer.close)
+        observer: HookObserver | Silent = Silent()
+        if distributed.is_main():
+            interval = min(setup.config.debug_interval, max(1, len(setup.train)))
+            observer = HookObserver(tensors, interval, timeline)
+            watchers.callback(observer.close)
         history = training.fit(
             setup,
             observer=observer,
             checkpoints=base_dir() / "checkpoints",
             on_epoch=lambda _: timeline.flush(),
-            loss_function=loss_function,
         )
+    if distributed.is_main():
+        _export(setup, history, started)
+    distributed.stop()
+
+
+def _export(setup: Setup, history: list[dict[str, Any]], started: float) -> None:
+    """The model artifact, and what the report wants to know of the training."""
+    from classifier import export, training
+    from classifier.debugging import HookObserver
+
     exported_at = time.monotonic()
     folder = Path(os.environ.get("SM_MODEL_DIR", str(base_dir() / "model")))
-    description = export.export(setup, observer.bare(training.whole_model(setup)), history, folder)
+    description = export.export(setup, HookObserver.bare(training.whole_model(setup)), history, folder)
     record = {"started": started, "batch_size": setup.config.batch_size, "history": history}
     (folder / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     top1, difference = description["valid_top1"], description["onnx"]["difference"]

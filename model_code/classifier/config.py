@@ -14,25 +14,39 @@ from classifier.errors import ConfigError
 
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "recipe": ("head", "finetune", "scratch"),
+    "recipe": ("head", "finetune", "lp-ft", "scratch"),
     "pretrained": ("torchvision", "none", "channel"),
     "optimizer": ("sgd", "adamw"),
-    "augmentation": ("none", "trivial"),
-    "precision": ("auto", "fp32", "bf16"),
+    "augmentation": ("none", "trivial", "rand"),
+    "class_weights": ("none", "balanced"),
+    "batch_norm": ("train", "frozen"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "input_cache": ("auto", "memory", "disk", "none"),
     "stem": ("auto", "standard", "small"),
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "image_size": (16, 1024),
     "resize_size": (0, 2048),
     "learning_rate": (1e-6, 10.0),
-    "batch_size": (1, 4096),
+    "backbone_lr_scale": (0.0, 1.0),
+    "layer_decay": (0.1, 1.0),
+    "batch_size": (1, 8192),
+    "accumulation_steps": (1, 256),
     "epochs": (1, 1000),
+    "probe_epochs": (1, 1000),
+    "probe_learning_rate": (1e-6, 10.0),
     "momentum": (0.0, 0.9999),
     "weight_decay": (0.0, 1.0),
+    "gradient_clip_norm": (0.0, 1000.0),
     "label_smoothing": (0.0, 0.5),
+    "mixup_alpha": (0.0, 10.0),
+    "cutmix_alpha": (0.0, 10.0),
+    "ema_decay": (0.0, 0.99999),
     "warmup_epochs": (0.0, 100.0),
     "random_resized_crop_min_scale": (0.05, 1.0),
+    "feature_views": (1, 64),
     "early_stopping_patience": (0, 1000),
+    "checkpoint_interval_s": (0, 86_400),
     "seed": (0, 2**31 - 1),
     "num_workers": (0, 64),
     "debug_interval": (1, 100_000),
@@ -44,7 +58,8 @@ class TrainingConfig:
     """Hyperparameters of one training. Defaults are those of the recipe ``head``; see RECIPE_DEFAULTS for the others."""
 
     recipe: str = "head"
-    """head: linear layer on cached features; finetune: all weights from a pretrained start; scratch: all from random."""
+    """head: linear layer on cached features; finetune: all weights from a pretrained start; lp-ft: the head first, on cached
+    features, then all weights (Kumar et al., 2022, arXiv:2202.10054); scratch: all weights from random."""
     backbone: str = "mobilenet_v2"
     """A torchvision classification builder, or ``auto``: recognised from the weights in the channel ``pretrained``."""
     pretrained: str = "torchvision"
@@ -53,27 +68,61 @@ class TrainingConfig:
     resize_size: int = 0
     """Short side before the centre crop; 0 chooses it from image_size (see serving.default_resize_size)."""
     learning_rate: float = 0.03
+    """Peak rate of the head under SGD; one range, 0.01 to 0.1, suits every recipe. The backbone gets backbone_lr_scale times it,
+    AdamW optimizer.ADAMW_LR_SCALE times it."""
+    backbone_lr_scale: float = 0.1
+    """Learning rate of the pretrained weights over that of the head; scratch uses 1."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from a block of the backbone to the one below it (BEiT, Bao et al., 2021); 1 is none."""
     batch_size: int = 64
+    """Pictures per step of the optimiser, over all processes and accumulation steps."""
+    accumulation_steps: int = 1
+    """Forward and backward passes per step: the batch is cut into so many parts, for models too large for the memory."""
     epochs: int = 30
+    probe_epochs: int = 30
+    """Epochs of the linear probe that lp-ft begins with."""
+    probe_learning_rate: float = 0.03
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    gradient_clip_norm: float = 0.0
+    """Largest 2-norm of all gradients together; 0 switches clipping off."""
     label_smoothing: float = 0.1
+    class_weights: str = "none"
+    """balanced: the loss of a class is weighted with the inverse of its share of the training pictures."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up before the cosine; may be a fraction."""
     horizontal_flip: bool = True
     random_resized_crop_min_scale: float = 0.35
     """Smallest share of the picture's area that a random crop keeps; 1 switches random crops off."""
     augmentation: str = "none"
+    """trivial: TrivialAugment, wide (Müller and Hutter, 2021); rand: RandAugment, 2 of magnitude 9 (Cubuk et al., 2020)."""
+    mixup_alpha: float = 0.0
+    """Beta distribution of mixup (Zhang et al., 2018); 0 switches it off. With cutmix too, each batch takes one of the two."""
+    cutmix_alpha: float = 0.0
+    """Beta distribution of cutmix (Yun et al., 2019); 0 switches it off."""
+    ema_decay: float = 0.0
+    """Decay per step of the moving average of the weights that is judged and kept; 0 switches it off."""
+    batch_norm: str = "train"
+    """frozen: running statistics stay those of the pretrained backbone (small batches, several processes on CPUs)."""
+    feature_views: int = 1
+    """Views of each training picture in the cached features: the first is the plain one, the others are augmented."""
     precision: str = "auto"
-    """auto times a few steps of both and keeps the faster one."""
+    """auto times a few steps of fp32 and bf16 and keeps the faster one; fp16 scales the loss and needs a GPU."""
+    compile: bool = False
+    """torch.compile the network; the first steps take tens of seconds longer."""
     stem: str = "auto"
     """small: 3x3 stride-1 first convolution without pooling (ResNets, pictures up to 64 px); auto is standard."""
     early_stopping_patience: int = 0
     """Epochs without a better valid top1 before training stops; 0 never stops."""
+    checkpoint_interval_s: int = 60
+    """Seconds between checkpoints inside an epoch; the end of each epoch is saved in any case. 0 saves after every step."""
     seed: int = 0
     num_workers: int = 0
-    """Decoding threads; 0 means one per CPU."""
+    """Threads that decode and crop; 0 chooses by measurement."""
+    input_cache: str = "auto"
+    """Where decoded training pictures are kept: memory (of the GPU where they fit), disk, or none (decoded from the shards in
+    every epoch); auto takes the first that fits."""
     debug_interval: int = 10
     """Steps between saved tensors."""
 
@@ -81,10 +130,12 @@ class TrainingConfig:
 RECIPE_DEFAULTS: dict[str, dict[str, object]] = {
     "head": {},
     "finetune": {"epochs": 10, "weight_decay": 1e-4},
+    "lp-ft": {"epochs": 10, "weight_decay": 1e-4},
     "scratch": {
         "epochs": 8,
         "backbone": "resnet18",
         "pretrained": "none",
+        "backbone_lr_scale": 1.0,
         "image_size": 32,
         "horizontal_flip": False,
         "random_resized_crop_min_scale": 0.8,
@@ -92,6 +143,9 @@ RECIPE_DEFAULTS: dict[str, dict[str, object]] = {
     },
 }
 """What a recipe changes when the user does not give the field."""
+
+CACHED_FEATURES = ("head", "lp-ft")
+"""Recipes that read the channel ``features``."""
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -148,6 +202,14 @@ def _check(config: TrainingConfig) -> None:
         )
     if config.resize_size and config.resize_size < config.image_size:
         raise ConfigError(f"resize_size={config.resize_size} is smaller than image_size={config.image_size}: raise it or use 0")
+    if config.batch_size % config.accumulation_steps:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not a multiple of accumulation_steps={config.accumulation_steps}: choose one"
+        )
+    if config.recipe == "scratch" and config.batch_norm == "frozen":
+        raise ConfigError(
+            "batch_norm=frozen keeps the statistics of a pretrained backbone: use batch_norm=train with recipe=scratch"
+        )
     if config.stem == "small" and not config.backbone.startswith("resnet"):
         raise ConfigError(f"stem=small fits ResNets only, not backbone={config.backbone}: use stem=auto")
 

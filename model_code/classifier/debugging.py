@@ -76,7 +76,7 @@ class HookObserver:
     Implements ``engine.Observer``; step phases go on to the timeline.
     """
 
-    def __init__(self, network: nn.Module, loss_function: nn.Module, folder: Path, interval: int, timeline: StepTimeline) -> None:
+    def __init__(self, folder: Path, interval: int, timeline: StepTimeline) -> None:
         prepare_smdebug()
         from smdebug import modes
         from smdebug.pytorch import Hook, ReductionConfig, SaveConfig, SaveConfigMode
@@ -92,10 +92,13 @@ class HookObserver:
             reduction_config=ReductionConfig(reductions=REDUCTIONS[:-1], norms=["l2"]),
             include_collections=["losses", "layers", "activations"],
         )
-        names = "|".join(name.replace(".", r"\.") for name in _followed(network))
-        self.hook.get_collection("layers").include(rf"^(gradient/)?[A-Za-z0-9]+_({names})\.weight$")
         self.hook.get_collection("activations").include(r"^relu_zero_share/")
         self.hook.get_collection("activations").reduction_config = ReductionConfig(reductions=["mean"])
+
+    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
+        """Attach the hook to the network and its loss."""
+        names = "|".join(name.replace(".", r"\.") for name in _followed(network))
+        self.hook.get_collection("layers").include(rf"^(gradient/)?[A-Za-z0-9]+_({names})\.weight$")
         self.hook.register_module(network)
         self.hook.register_loss(loss_function)
         self._watch_relus(network)

@@ -1,26 +1,38 @@
-"""The loops, visible: one training epoch and one evaluation."""
+"""The loops, visible: one training epoch and one evaluation.
+
+Legend: B this process's part of a batch, C classes. Inputs come as uint8 pictures ``(B, 3, S, S)`` or float features ``(B, D)``.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
-from classifier.batches import Batches
+from classifier import distributed, optim, transforms
+from classifier.batches import Batch, Batches
 from classifier.config import TrainingConfig
 from classifier.errors import UserError
-from classifier.precision import ThreadGovernor, autocast, device_of
+from classifier.precision import autocast, device_of
+from classifier.serving import Preprocessing
 
 
 class Observer(Protocol):
     """Sees every step: the smdebug hook and the step profiler stand behind it."""
+
+    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
+        """The training of ``network`` begins."""
 
     def mark(self, phase: str) -> None:
         """The named phase of the current step has just ended."""
@@ -31,6 +43,9 @@ class Observer(Protocol):
 
 class Silent:
     """An observer that looks away, for tuning trials."""
+
+    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
+        """Nothing."""
 
     def mark(self, phase: str) -> None:
         """Nothing."""
@@ -48,93 +63,174 @@ class Result:
     seconds: float
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """SGD with Nesterov momentum or AdamW; biases and normalisation weights are not decayed."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if config.optimizer == "adamw":
-        # One range of learning rates serves both: SGD's 0.01..0.1 becomes AdamW's 0.0002..0.002.
-        return torch.optim.AdamW(groups, lr=config.learning_rate * 0.02)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+@dataclass
+class Trainer:
+    """A network with everything that changes while it learns."""
+
+    network: nn.Module
+    config: TrainingConfig
+    preprocessing: Preprocessing
+    precision: str
+    loss_function: nn.Module
+    num_classes: int
+    steps_per_epoch: int
+    optimizer: Optimizer = field(init=False)
+    scheduler: LRScheduler = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    average: AveragedModel | None = field(init=False)
+    forward: nn.Module = field(init=False)
+    """The network as it is called in training: compiled, and averaging gradients over processes, where that is asked for."""
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.network)
+        self.optimizer = optim.make_optimizer(self.network, self.config)
+        self.scheduler = optim.make_scheduler(self.optimizer, self.config, self.steps_per_epoch)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.average = optim.moving_average(self.network, self.config)
+        self.forward = self.network
+        if self.config.compile:
+            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+        if distributed.size() > 1:
+            self.forward = DistributedDataParallel(self.forward)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network whose accuracy counts: the moving average where there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        average = None if self.average is None else self.average.state_dict()
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler, "model": self.network}
+        return {**{name: part.state_dict() for name, part in parts.items()}, "average": average}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def train_mode(self) -> None:
+        """Training behaviour of all layers, frozen batch normalisation aside."""
+        self.forward.train()
+        if self.config.batch_norm == "frozen":
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs and labels on the device, pictures normalised there: a quarter of the bytes on the way."""
+        inputs = batch.inputs.to(self.device, non_blocking=True)
+        if inputs.dtype == torch.uint8:
+            inputs = transforms.normalise(inputs, self.preprocessing)
+        return inputs, batch.labels.to(self.device, non_blocking=True)
+
+    def step(self, batch: Batch, epoch: int, number: int, observer: Observer) -> Tensor:
+        """One step of the optimiser; ``(3,) float64``: sum of losses, hits and examples of this process's part."""
+        inputs, labels = self.inputs(batch)
+        targets = labels
+        if self.config.mixup_alpha > 0 or self.config.cutmix_alpha > 0:
+            inputs, targets = transforms.mix(
+                inputs, functional.one_hot(labels, self.num_classes).float(), self.config, epoch, number
+            )
+        observer.mark("DataLoading")
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        parts = list(zip(*(value.chunk(self.config.accumulation_steps) for value in (inputs, targets, labels)), strict=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        for position, (part, target, truth) in enumerate(parts):
+            last = position == len(parts) - 1
+            with self._synchronised(last):
+                with autocast(self.precision, self.device.type):
+                    logits = self.forward(part)
+                loss: Tensor = self.loss_function(logits.float(), target)
+                if last:
+                    observer.mark("Forward")
+                # The mean over the whole batch, whatever part of it this process and this pass have; DDP divides by processes.
+                share = len(truth) * distributed.size() / batch.total
+                self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+            sums[0] += loss.detach() * len(truth)
+            sums[1] += (logits.detach().argmax(dim=1) == truth).sum()
+            sums[2] += len(truth)
+        observer.mark("Backward")
+        self._update()
+        observer.mark("Optimizer")
+        return sums
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients travel between processes once a step, with the last part of the batch."""
+        return nullcontext() if last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync()
+
+    def _update(self) -> None:
+        if self.config.gradient_clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
 
-def make_scheduler(optimizer: Optimizer, config: TrainingConfig, steps_per_epoch: int) -> LRScheduler:
-    """Linear warm-up, then a cosine to zero; stepped after every batch."""
-    total = config.epochs * steps_per_epoch
-    warmup = min(int(config.warmup_epochs * steps_per_epoch), total // 2)
+@dataclass
+class Position:
+    """Where in the training a run is; ``sums (3,) float64``: losses, hits and examples of the epoch so far, in this process."""
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    return LambdaLR(optimizer, factor)
+    epoch: int = 0
+    step: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
 
 def train_one_epoch(
-    model: nn.Module,
-    loss_function: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
+    trainer: Trainer,
     batches: Batches,
+    position: Position,
     *,
-    epoch: int,
-    epochs: int,
-    precision: str,
     observer: Observer,
-    governor: ThreadGovernor,
+    after_step: Callable[[], None],
     say: Callable[[str], None],
 ) -> Result:
-    """One pass over ``batches`` that changes the model. Raises UserError when the loss is not finite."""
-    model.train()
+    """The rest of an epoch, from ``position`` on. Raises UserError when the loss is not finite."""
+    trainer.train_mode()
     observer.mode("train")
-    governor.start()
+    position.sums = position.sums.to(trainer.device)
     started = said = time.monotonic()
-    device = device_of(model)
-    total_loss, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for step, (pictures, truth) in enumerate(batches.epoch(epoch)):
-        inputs, labels = pictures.to(device), truth.to(device)
-        observer.mark("DataLoading")
-        with autocast(precision, device.type):
-            logits = model(inputs)
-        loss: Tensor = loss_function(logits.float(), labels)
-        observer.mark("Forward")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        observer.mark("Backward")
-        optimizer.step()
-        scheduler.step()
-        observer.mark("Optimizer")
-        if device.type == "cpu":  # a GPU works on its own time: the clock here says nothing about shared CPUs
-            governor.step()
-        total_loss += loss.detach() * len(labels)
-        right += (logits.detach().argmax(dim=1) == labels).sum()
-        seen += len(labels)
-        if (now := time.monotonic()) - said >= 1:
+    done = 0
+    for batch in batches.epoch(position.epoch, position.step):
+        position.sums += trainer.step(batch, position.epoch, position.step, observer)
+        position.step += 1
+        done += batch.total
+        now = time.monotonic()
+        if now - said >= 1:
             said = now
-            where = f"epoch={epoch + 1}/{epochs} step={step + 1}/{len(batches)}"
-            say(f"progress {where} loss={loss.item():.2f} pictures_per_s={seen / (now - started):.0f}")
-    mean = float(total_loss) / max(seen, 1)
+            loss, pace = float(position.sums[0] / position.sums[2]), done / (now - started)
+            where = f"epoch={position.epoch + 1}/{trainer.config.epochs} step={position.step}/{len(batches)}"
+            say(f"progress {where} loss={loss:.2f} pictures_per_s={pace:.0f}")
+        after_step()
+    loss, right, seen = distributed.total(position.sums.clone()).tolist()
+    mean = loss / max(seen, 1)
     if not math.isfinite(mean):
-        raise UserError(f"the loss became {mean} in epoch {epoch + 1}: lower learning_rate, or set precision to fp32")
-    return Result(mean, float(right) / max(seen, 1), time.monotonic() - started)
+        raise UserError(f"the loss became {mean} in epoch {position.epoch + 1}: lower learning_rate, or set precision to fp32")
+    return Result(mean, right / max(seen, 1), time.monotonic() - started)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, *, precision: str, observer: Observer) -> Result:
+def evaluate(trainer: Trainer, batches: Batches, *, observer: Observer) -> Result:
     """Mean cross-entropy (without smoothing) and top1 over all of ``batches``. Raises UserError when examples are missing."""
-    model.eval()
+    network = trainer.judged.eval()
     observer.mode("eval")
     started = time.monotonic()
-    loss, right, seen, device = 0.0, 0, 0, device_of(model)
-    for pictures, truth in batches.epoch(0):
-        inputs, labels = pictures.to(device), truth.to(device)
-        with autocast(precision, device.type):
-            logits = model(inputs).float()
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        right += int((logits.argmax(dim=1) == labels).sum())
-        seen += len(labels)
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.device)
+    for batch in batches.epoch(0):
+        inputs, labels = trainer.inputs(batch)
+        with autocast(trainer.precision, trainer.device.type):
+            logits = network(inputs).float()
+        sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(dim=1) == labels).sum()
+        sums[2] += len(labels)
+    loss, right, seen = distributed.total(sums).tolist()
     if seen != batches.num_examples:
-        raise UserError(f"evaluated {seen} examples, the split has {batches.num_examples}: prepare the data set again")
+        raise UserError(f"evaluated {seen:.0f} examples, the split has {batches.num_examples}: prepare the data set again")
     return Result(loss / seen, right / seen, time.monotonic() - started)

@@ -1,7 +1,9 @@
 """Features of a frozen backbone, computed once for train and valid.
 
-The folder holds ``<split>.npy`` ``(N, D) float32``, ``<split>_labels.npy`` ``(N,) int64``, features.json, and the backbone's
+The folder holds ``<split>.npy`` ``(K, N, D) float16``, ``<split>_labels.npy`` ``(N,) int64``, features.json, and the backbone's
 weights, so that the training job needs no second download and cannot fold a head onto other weights.
+
+Legend: K views of each picture (the first is what evaluation sees, the others are augmented), N pictures, D features.
 """
 
 from __future__ import annotations
@@ -9,20 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from classifier.dataset import DatasetInfo, load_split
+from classifier import transforms
+from classifier.batches import PictureBatches
+from classifier.config import TrainingConfig
+from classifier.dataset import DatasetInfo, Labels, Pictures, ShardSplit
 from classifier.errors import DataError
-from classifier.precision import autocast, faster_precision
+from classifier.precision import autocast, device_of, faster_precision
 from classifier.serving import Preprocessing
-from classifier.transforms import evaluation_batch
 
 SPLITS = ("train", "valid")
 BATCH = 32
@@ -39,58 +43,99 @@ class FeaturesInfo:
     weights_sha256: str
 
 
+class ViewBatches(PictureBatches):
+    """Pictures in their own order: plain, or augmented anew in each epoch (an epoch is a view)."""
+
+    def __init__(self, pictures: Pictures, preprocessing: Preprocessing, config: TrainingConfig, *, augmented: bool) -> None:
+        super().__init__(pictures, preprocessing, replace(config, batch_size=BATCH), train=augmented)
+        self._order = replace(self._order, size=BATCH, train=False)
+
+
 @torch.inference_mode()
-def extract(model: nn.Module, pictures: npt.NDArray[np.uint8], preprocessing: Preprocessing, precision: str, what: str) -> Tensor:
-    """``(N, R, R, 3) uint8`` to features ``(N, D) float32``."""
-    model.eval()
-    parts: list[Tensor] = []
+def _extract(network: nn.Module, batches: ViewBatches, view: int, precision: str, what: str) -> Iterator[tuple[int, Tensor]]:
+    """``(number of the first picture, features (B, D) float16)`` of one view."""
+    where, preprocessing = device_of(network), batches.preprocessing
     started = said = time.monotonic()
-    for start in range(0, len(pictures), BATCH):
-        batch = evaluation_batch(pictures[start : start + BATCH], preprocessing)
-        with autocast(precision):
-            parts.append(model(batch.contiguous(memory_format=torch.channels_last)).float())
+    done = 0
+    for batch in batches.epoch(view):
+        inputs = transforms.normalise(batch.inputs.to(where), preprocessing)
+        with autocast(precision, where.type):
+            yield done, network(inputs).to(torch.float16).cpu()
+        done += len(batch.labels)
         if time.monotonic() - said > 2:
             said = time.monotonic()
-            done = start + len(batch)
-            print(f"progress split={what} pictures={done}/{len(pictures)} pictures_per_s={done / (said - started):.0f}", flush=True)
-    return torch.cat(parts)
+            pace = done / (said - started)
+            print(f"progress split={what} view={view} pictures={done}/{batches.num_examples} pictures_per_s={pace:.0f}", flush=True)
 
 
-def cache(info: DatasetInfo, backbone: nn.Module, name: str, preprocessing: Preprocessing, folder: Path) -> None:
-    """Write the features of train and valid; ``backbone(x)`` must already give ``(B, D)``."""
+def cache(info: DatasetInfo, backbone: nn.Module, name: str, config: TrainingConfig, folder: Path) -> None:
+    """Write the features of train (``config.feature_views`` views) and valid; ``backbone(x)`` must already give ``(B, D)``.
+
+    Memory does not grow with the number of pictures: they are read from the shards, and features go to mapped files.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    sample = torch.zeros(BATCH, 3, preprocessing.image_size, preprocessing.image_size).contiguous(memory_format=torch.channels_last)
-    precision = faster_precision(backbone, sample)
+    preprocessing = Preprocessing.of(config.image_size, config.resize_size)
+    network = backbone.eval()
+    side = preprocessing.image_size
+    sample = torch.zeros(BATCH, 3, side, side, device=device_of(network)).contiguous(memory_format=torch.channels_last)
+    precision = faster_precision(network, sample)
     width = 0
     for split in SPLITS:
         started = time.monotonic()
-        data = load_split(info, split, preprocessing.resize_size)
-        features = extract(backbone, data.pictures, preprocessing, precision, split)
-        width = features.shape[1]
-        np.save(folder / f"{split}.npy", features.numpy())
-        np.save(folder / f"{split}_labels.npy", data.labels)
+        pictures = ShardSplit(info, split)
+        views = config.feature_views if split == "train" else 1
+        width = _write(folder, split, pictures, network, preprocessing, replace(config, feature_views=views), precision)
         seconds = time.monotonic() - started
-        print(f"features split={split} pictures={len(data)} width={width} precision={precision} seconds={seconds:.1f}", flush=True)
+        counts = f"split={split} pictures={len(pictures)} views={views} width={width}"
+        print(f"features {counts} precision={precision} seconds={seconds:.1f}", flush=True)
     weights = folder / "backbone.safetensors"
-    save_file({key: value.contiguous() for key, value in backbone.state_dict().items()}, weights)
+    save_file({key: value.cpu().contiguous() for key, value in network.state_dict().items()}, weights)
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     description = {
         "backbone": name,
         "dataset_hash": info.hash,
         "preprocessing": preprocessing.to_json(),
         "num_features": width,
+        "num_views": config.feature_views,
         "precision": precision,
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": digest,
     }
     (folder / "features.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(
+    folder: Path,
+    split: str,
+    pictures: Pictures,
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    config: TrainingConfig,
+    precision: str,
+) -> int:
+    """Fill ``<split>.npy`` view by view; returns D."""
+    store: Any = None
+    for view in range(config.feature_views):
+        batches = ViewBatches(pictures, preprocessing, config, augmented=view > 0)
+        for start, features in _extract(network, batches, view, precision, split):
+            if store is None:
+                shape = (config.feature_views, len(pictures), features.shape[1])
+                store = np.lib.format.open_memmap(folder / f"{split}.npy", mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
+            store[view, start : start + len(features)] = features.numpy()
+    if store is None:
+        raise DataError(f"split {split!r} holds no picture: prepare the data set again")
+    store.flush()
+    np.save(folder / f"{split}_labels.npy", pictures.labels)
+    return int(store.shape[2])
 
 
 def read_info(folder: Path) -> FeaturesInfo:
     """Raises DataError when the channel holds no features."""
     path = folder / "features.json"
     if not path.is_file():
-        raise DataError(f"{path} is missing: recipe head needs the channel 'features' that cache_features.py wrote")
+        raise DataError(f"{path} is missing: recipes head and lp-ft need the channel 'features' that cache_features.py wrote")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return FeaturesInfo(
         found["backbone"],
@@ -101,7 +146,20 @@ def read_info(folder: Path) -> FeaturesInfo:
     )
 
 
-def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """``(features (N, D) float32, labels (N,) int64)``."""
-    features, labels = np.load(folder / f"{split}.npy"), np.load(folder / f"{split}_labels.npy")
-    return torch.from_numpy(features), torch.from_numpy(labels)
+def load(folder: Path, split: str) -> tuple[Tensor, Labels]:
+    """``(views (K, N, D) float16, labels (N,) int64)``; the features stay in their file until a batch asks for them."""
+    # Private copies of touched pages, never written back: torch wants writable memory.
+    return torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c")), np.load(folder / f"{split}_labels.npy")
+
+
+def moments(views: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(D,) float32`` of the plain view, in blocks."""
+    count = views.shape[1]
+    total, squares = torch.zeros(views.shape[2], dtype=torch.float64), torch.zeros(views.shape[2], dtype=torch.float64)
+    for block in torch.split(views[0], 65536):
+        wide = block.double()
+        total += wide.sum(dim=0)
+        squares += wide.square().sum(dim=0)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
+    return mean.float(), variance.sqrt().float()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[object]:
     """The context in which the forward pass runs; ``device`` is a type such as ``cuda``."""
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, kind, enabled=precision != "fp32")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -48,40 +49,6 @@ def faster_precision(model: nn.Module, sample: Tensor, *, train: bool = False) -
     fp32 = _seconds(trial, sample, "fp32", 2, train)
     bf16 = _seconds(trial, sample, "bf16", 2, train)
     return "bf16" if bf16 < 0.9 * fp32 else "fp32"
-
-
-class ThreadGovernor:
-    """Gives up on several threads when steps become far slower than they were: somebody else is using the CPUs."""
-
-    WINDOW, FACTOR = 4, 2.5
-
-    def __init__(self) -> None:
-        self._recent: list[float] = []
-        self._best = float("inf")
-        self._last = time.perf_counter()
-
-    def start(self) -> None:
-        """An epoch begins: the time since the last step does not count."""
-        self._recent.clear()
-        self._last = time.perf_counter()
-
-    def step(self) -> None:
-        """A training step has ended."""
-        if torch.get_num_threads() == 1:
-            return
-        now = time.perf_counter()
-        self._recent.append(now - self._last)
-        self._last = now
-        if len(self._recent) < self.WINDOW:
-            return
-        recent = sum(self._recent[-self.WINDOW :]) / self.WINDOW
-        if recent > self.FACTOR * self._best and recent > 0.02:
-            print(
-                f"note: steps slowed from {self._best:.2f} s to {recent:.2f} s, the CPUs are shared: one thread from here",
-                flush=True,
-            )
-            torch.set_num_threads(1)
-        self._best = min(self._best, recent)
 
 
 def faster_threads(model: nn.Module, sample: Tensor, precision: str, *, train: bool = False) -> int:

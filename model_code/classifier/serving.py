@@ -138,10 +138,10 @@ def to_square(picture: Image.Image, size: int) -> Pixels:
     return np.array(_crop(resized, size, size), dtype=np.uint8)
 
 
-def centre(square: Pixels, size: int) -> Pixels:
-    """The central ``size`` x ``size`` of ``(..., R, R, 3)``."""
-    offset = (square.shape[-2] - size) // 2
-    return square[..., offset : offset + size, offset : offset + size, :]
+def centre(pictures: Pixels, size: int) -> Pixels:
+    """The central ``size`` x ``size`` of ``(..., H, W, 3)``."""
+    top, left = (pictures.shape[-3] - size) // 2, (pictures.shape[-2] - size) // 2
+    return pictures[..., top : top + size, left : left + size, :]
 
 
 def normalise(pixels: Pixels, preprocessing: Preprocessing) -> Floats:

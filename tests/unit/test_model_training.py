@@ -50,42 +50,8 @@ def channels(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return dataset
 
 
-@pytest.mark.parametrize(("size", "resize"), [(32, 32), (28, 33), (24, 40)])
-def test_torch_and_numpy_preprocess_alike(size: int, resize: int):
-    preprocessing = serving.Preprocessing(size, resize)
-    decoded = serving.decode(picture(5, size=(61, 47)))
-    expected = serving.preprocess(decoded, preprocessing)
-    found = transforms.evaluation_batch(serving.to_square(decoded, resize)[None], preprocessing)
-    assert found.shape == (1, 3, size, size)
-    assert np.abs(found.numpy() - expected).max() < 1e-5
-
-
-def test_augmentation_is_seeded_and_keeps_the_shape():
-    pictures = np.stack([serving.to_square(serving.decode(picture(n)), 40) for n in range(4)])
-    kwargs = {"flip": True, "min_scale": 0.3, "trivial": True}
-    batches = [
-        transforms.training_batch(pictures, serving.Preprocessing(32, 40), random=torch.Generator().manual_seed(seed), **kwargs)  # type: ignore[arg-type]
-        for seed in (1, 1, 2)
-    ]
-    assert batches[0].shape == (4, 3, 32, 32)
-    assert torch.equal(batches[0], batches[1])
-    assert not torch.equal(batches[0], batches[2])
-
-
-def test_an_interrupted_training_ends_with_the_same_weights(channels: Path, tmp_path: Path):
-    whole = training.prepare_run(config())
-    history = training.fit(whole)
-    first = training.prepare_run(config())
-    training.fit(first, checkpoints=tmp_path, stop_after=1)
-    torch.manual_seed(123)
-    second = training.prepare_run(config())
-    resumed = training.fit(second, checkpoints=tmp_path)
-    assert [row["valid_loss"] for row in resumed] == [row["valid_loss"] for row in history]
-    for name, value in whole.network.state_dict().items():
-        assert torch.equal(value, second.network.state_dict()[name]), name
-
-
 def test_a_damaged_checkpoint_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / ".last.pt.part").write_bytes(b"of a killed run")
     checkpoint.save(tmp_path, {"epoch": 1})
     assert checkpoint.load(tmp_path)["epoch"] == 1  # type: ignore[index]
     (tmp_path / checkpoint.NAME).write_bytes(b"half a file")
@@ -146,7 +112,8 @@ def test_a_head_on_cached_features_exports_the_whole_network(channels: Path, tmp
     backbone = model.build("mobilenet_v3_small")
     model.split_head(backbone)
     info = training.read_info(channels)
-    features.cache(info, backbone.eval(), "mobilenet_v3_small", serving.Preprocessing.of(32), tmp_path / "features")
+    settings = config(recipe="head", pretrained="torchvision", image_size=32, feature_views=3)
+    features.cache(info, backbone.eval(), "mobilenet_v3_small", settings, tmp_path / "features")
     monkeypatch.setenv("SM_CHANNEL_FEATURES", str(tmp_path / "features"))
     setup = training.prepare_run(config(recipe="head", pretrained="torchvision", epochs=5))
     history = training.fit(setup)
@@ -158,7 +125,8 @@ def test_a_head_on_cached_features_exports_the_whole_network(channels: Path, tmp
     valid = training.load_split(info, "valid", 32)
     logits = served.logits(serving.normalise(valid.pictures, served.preprocessing))
     with torch.inference_mode():
-        assert np.abs(logits - setup.network(inputs).numpy()).max() < 0.1 * max(1.0, np.abs(logits).max())
+        expected = setup.network(inputs[0].float()).numpy()
+    assert np.abs(logits - expected).max() < 0.1 * max(1.0, np.abs(logits).max())
     assert labels.tolist() == valid.labels.tolist()
 
 
@@ -240,27 +208,6 @@ def test_evaluation_and_report_of_the_job(job: Path, dataset: Path, tmp_path: Pa
     parts = tmp_path / "rules" / "ProfilerReport" / "profiler-output"
     assert (parts / "profiler-report.html").is_file()
     assert len(list((parts / "profiler-reports").glob("*.json"))) == 11
-
-
-@pytest.mark.filterwarnings("ignore::ImportWarning")  # of an old six inside pyinstrument
-def test_batches_go_where_the_weights_are():
-    """With pretended tensors on a GPU: a batch left on the CPU would end in another error than the one at the very end."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
-    class Two:
-        num_examples = 4
-
-        def __len__(self) -> int:
-            return 1
-
-        def epoch(self, number: int):
-            yield torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
-
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
-        with pytest.raises(DataDependentOutputException):
-            engine.evaluate(network, Two(), precision="fp32", observer=engine.Silent())
 
 
 def test_a_report_without_tensors_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
