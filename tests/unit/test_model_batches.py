@@ -198,7 +198,7 @@ def test_shards_that_do_not_hold_what_they_should_are_refused(info: dataset.Data
 
     short = replace(info, num_pictures={**info.num_pictures, "train": 25})
     for read in (lambda: dataset.ShardSplit(short, "train"), lambda: dataset.load_split(short, "train", 32)):
-        with pytest.raises(DataError, match="holds 24 pictures, dataset.json says 25"):
+        with pytest.raises(DataError, match="holds 24 pictures"):
             read()
 
 

@@ -74,7 +74,7 @@ def end_in_the_middle(dataset: Path, folder: Path, after: int, number: int, paus
 
 
 def kill_and_resume(dataset: Path, folder: Path, undisturbed: dict[str, Any], chance: random.Random) -> tuple[int, int]:
-    # From the second step on: by then the checkpoint of the first is complete. The pause lands anywhere in a step or in its checkpoint.
+    # From the second step on: by then the first checkpoint is complete. The pause ends anywhere in a step or in its checkpoint.
     after = chance.randrange(2, len(STEPS) - 2)
     taken = end_in_the_middle(dataset, folder, after, signal.SIGKILL, chance.uniform(0, 0.15))
     resumed, result = finish(dataset, folder / "checkpoints", folder / "result.pt")

@@ -13,7 +13,6 @@ import torch
 from classifier import (
     checkpoint,
     debugging,
-    engine,
     export,
     features,
     metrics,
@@ -22,11 +21,10 @@ from classifier import (
     reporting,
     serving,
     training,
-    transforms,
 )
 from classifier.errors import ConfigError, WeightsError
 from classifier.evaluation import EvaluateFlags, evaluate
-from model_fakes import config, picture, prepared, run_script
+from model_fakes import config, prepared, run_script
 from torch import nn
 
 
