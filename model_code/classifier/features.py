@@ -52,7 +52,7 @@ class ViewBatches(PictureBatches):
 
 
 @torch.inference_mode()
-def _extract(network: nn.Module, batches: ViewBatches, view: int, precision: str, what: str) -> Iterator[tuple[int, Tensor]]:
+def extract(network: nn.Module, batches: ViewBatches, view: int, precision: str, what: str) -> Iterator[tuple[int, Tensor]]:
     """``(number of the first picture, features (B, D) float16)`` of one view."""
     where, preprocessing = device_of(network), batches.preprocessing
     started = said = time.monotonic()
@@ -119,7 +119,7 @@ def _write(
     store: Any = None
     for view in range(config.feature_views):
         batches = ViewBatches(pictures, preprocessing, config, augmented=view > 0)
-        for start, features in _extract(network, batches, view, precision, split):
+        for start, features in extract(network, batches, view, precision, split):
             if store is None:
                 shape = (config.feature_views, len(pictures), features.shape[1])
                 store = np.lib.format.open_memmap(folder / f"{split}.npy", mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
