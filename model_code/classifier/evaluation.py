@@ -1,4 +1,10 @@
-"""The test split, once, through the serving path; the calibrated artifact and everything later states read."""
+"""The test split, once, through the serving path; the calibrated artifact and everything later states read.
+
+Valid steers (temperature, latency sample); test is read once, at the end: one pass over its shards decodes and classifies every
+picture and keeps its logits only. What is shown of it afterwards, smoke pictures and examples of confusions, is chosen from
+those logits, and only the chosen few are read again, by their number in shard order. The champion, where there is one, makes a
+pass of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +13,26 @@ import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from classifier import metrics, storage
 from classifier.dataset import DatasetInfo, cpu_count, decoded, members, read_info
 from classifier.errors import DataError
-from classifier.serving import Floats, OnnxModel, centre, decode, normalise, softmax
+from classifier.serving import Floats, OnnxModel, centre, decode, normalise
 
 CODE = ("inference.py", "server.py", "classifier/__init__.py", "classifier/serving.py")
 BATCH = 32
 MAX_SMOKE = 4
+MAX_PAIRS = 12
+EXAMPLES = 3
+THUMBNAIL, THUMBNAIL_QUALITY = 160, 80
+"""Longest side in pixels, and JPEG quality, of an example; MAX_PAIRS * (EXAMPLES + 2) files at most, some 5 KB each."""
 ARTIFACT_BYTES = 4 * 2**30
 
 
@@ -70,10 +82,28 @@ def logits_of(model: OnnxModel, info: DatasetInfo, split: str) -> tuple[Floats, 
     return np.concatenate(parts), np.asarray(labels, dtype=np.int64)
 
 
+def chosen_members(info: DatasetInfo, split: str, numbers: Iterable[int]) -> dict[int, tuple[str, bytes]]:
+    """``(member name, stored bytes)`` of some pictures by their number in shard order; the others' headers are passed over."""
+    wanted, number = set(numbers), 0
+    found: dict[int, tuple[str, bytes]] = {}
+    for name in info.shards.get(split, []):
+        if len(found) == len(wanted):
+            break
+        with tarfile.open(info.root / "shards" / name, "r:") as tar:
+            for member in tar:
+                stream = tar.extractfile(member) if number in wanted else None
+                if stream is not None:
+                    found[number] = member.name, stream.read()
+                number += 1
+    if lost := wanted - found.keys():
+        raise DataError(f"pictures {sorted(lost)[:5]} of split {split!r} were classified and are gone: run the job again")
+    return found
+
+
 def latency(model: OnnxModel, info: DatasetInfo, count: int = 40) -> dict[str, float]:
-    """Milliseconds from stored bytes to probabilities, one picture at a time, after a warm-up."""
+    """Milliseconds from stored bytes to probabilities, valid's pictures one at a time, after a warm-up."""
     times = []
-    for number, (_, _, data) in enumerate(members(info, "test")):
+    for number, (_, _, data) in enumerate(members(info, "valid")):
         started = time.perf_counter()
         model.predict(decode(data))
         if number >= 3:
@@ -107,21 +137,68 @@ def champion_result(uri: str, info: DatasetInfo) -> dict[str, Any] | None:
     return result
 
 
-def write_smoke(model: OnnxModel, info: DatasetInfo, right: set[int], folder: Path) -> int:
+def write_smoke(info: DatasetInfo, predicted: metrics.Ints, labels: metrics.Ints, folder: Path) -> int:
     """Up to MAX_SMOKE correctly classified test pictures of different classes, with the expected labels."""
     folder.mkdir(parents=True, exist_ok=True)
+    right = np.flatnonzero(predicted == labels)
+    _, first = np.unique(labels[right], return_index=True)
+    numbers = np.sort(right[first])[:MAX_SMOKE].tolist()
+    found = chosen_members(info, "test", numbers)
     chosen: list[dict[str, str]] = []
-    used: set[int] = set()
-    for number, (name, label, data) in enumerate(members(info, "test")):
-        if number in right and label not in used:
-            file = f"{len(chosen)}{Path(name).suffix}"
-            (folder / file).write_bytes(data)
-            chosen.append({"file": file, "expected": model.labels[label]})
-            used.add(label)
-        if len(chosen) == MAX_SMOKE:
-            break
+    for number in numbers:
+        name, data = found[number]
+        file = f"{len(chosen)}{Path(name).suffix}"
+        (folder / file).write_bytes(data)
+        chosen.append({"file": file, "expected": info.labels[labels[number]]})
     (folder / "smoke.json").write_text(json.dumps(chosen, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(chosen)
+
+
+def write_pairs(
+    info: DatasetInfo, table: metrics.Ints, predicted: metrics.Ints, labels: metrics.Ints, confidence: Floats, folder: Path
+) -> list[dict[str, Any]]:
+    """The most confused pairs for evaluation.json, with thumbnails under ``folder``/examples, most confident first.
+
+    ``examples/<true>-<predicted>-<n>.jpg`` by class index; a class's reference, a picture that is classified right, is its own
+    pair: ``examples/<class>-<class>-0.jpg``. A class with none right has none (null).
+    """
+    shutil.rmtree(folder / "examples", ignore_errors=True)  # of an earlier evaluation into the same folder
+    files: dict[str, int] = {}
+
+    def pick(true: int, said: int, count: int) -> list[str]:
+        numbers = np.flatnonzero((labels == true) & (predicted == said))
+        numbers = numbers[np.argsort(-confidence[numbers], kind="stable")[:count]]
+        names = [f"examples/{true}-{said}-{n}.jpg" for n in range(len(numbers))]
+        files.update(zip(names, numbers.tolist(), strict=True))
+        return names
+
+    pairs = []
+    for true, said, count, share in metrics.confused_pairs(table, MAX_PAIRS):
+        names = pick(true, said, EXAMPLES)
+        expected_reference, said_reference = (next(iter(pick(c, c, 1)), None) for c in (true, said))
+        pairs.append(
+            {
+                "true": true,
+                "predicted": said,
+                "expected": info.labels[true],
+                "said": info.labels[said],
+                "count": count,
+                "share": share,
+                "examples": [{"file": name, "probability": float(confidence[files[name]])} for name in names],
+                "references": {"expected": expected_reference, "said": said_reference},
+            }
+        )
+    found = chosen_members(info, "test", files.values())
+    for name, number in files.items():
+        _write_thumbnail(found[number][1], folder / name)
+    return pairs
+
+
+def _write_thumbnail(data: bytes, path: Path) -> None:
+    picture = decode(data)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, "JPEG", quality=THUMBNAIL_QUALITY)
 
 
 def pack(model: Path, artifact: Path) -> None:
@@ -157,13 +234,11 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
             raise DataError("the model's classes are not the data set's: evaluate it on the data set it was trained on")
         valid_logits, valid_labels = logits_of(model, info, "valid")
         temperature = metrics.fit_temperature(valid_logits, valid_labels)
-        logits, labels = logits_of(model, info, "test")
-        result = _result(logits, labels, temperature, info)
         model.temperature = temperature
-        result["latency_ms"] = latency(model, info)
+        speed = latency(model, info)
+        logits, labels = logits_of(model, info, "test")
+        result = {**_result(logits, labels, temperature, info, folder), "latency_ms": speed}
         result["champion"] = champion_result(flags.champion_uri, info)
-        right = set(np.flatnonzero(logits.argmax(axis=1) == labels).tolist())
-        result["num_smoke"] = write_smoke(model, info, right, folder / "smoke")
         _finish_model(source, model.info, result, flags)
         pack(source, Path(flags.artifact))
         # What serves and what is deployed again later outlives the run's own folder, which expires.
@@ -181,37 +256,47 @@ def _archive(folder: Path) -> Path:
     return found[0]
 
 
-def _result(logits: Floats, labels: metrics.Ints, temperature: float, info: DatasetInfo) -> dict[str, Any]:
-    table = metrics.confusion(logits.argmax(axis=1).astype(np.int64), labels, info.num_classes)
-    confidence = softmax(logits, temperature)
-    wrong = np.flatnonzero(logits.argmax(axis=1) != labels)
-    worst = wrong[np.argsort(-confidence[wrong].max(axis=1))][:20] if len(wrong) else wrong
+def _result(logits: Floats, labels: metrics.Ints, temperature: float, info: DatasetInfo, folder: Path) -> dict[str, Any]:
+    """evaluation.json; its pictures are written under ``folder``."""
+    predicted = logits.argmax(axis=1).astype(np.int64)
+    confidence = metrics.confidences(logits, temperature)
+    table = metrics.confusion(predicted, labels, info.num_classes)
+    rows = metrics.per_class(table, info.labels)
     return {
-        "test": {
-            "top1": metrics.top_k_accuracy(logits, labels, 1),
-            "top5": metrics.top_k_accuracy(logits, labels, 5),
-            "num_pictures": len(labels),
-            "ece_before": metrics.expected_calibration_error(logits, labels),
-            "ece_after": metrics.expected_calibration_error(logits, labels, temperature),
-        },
-        "per_class": metrics.per_class(table, info.labels),
+        "test": _test(logits, labels, temperature),
+        "macro": metrics.macro(rows),
+        "per_class": rows,
         "confusion": table.tolist(),
+        "confused_pairs": write_pairs(info, table, predicted, labels, confidence, folder),
         "reliability": {
             "before": metrics.reliability(logits, labels),
             "after": metrics.reliability(logits, labels, temperature),
         },
-        "confident_errors": [
-            {
-                "expected": info.labels[labels[i]],
-                "said": info.labels[int(logits[i].argmax())],
-                "probability": float(confidence[i].max()),
-            }
-            for i in worst
-        ],
+        "confident_errors": _confident_errors(predicted, labels, confidence, info.labels),
         "temperature": temperature,
         "classes": info.labels,
         "folders": info.classes,
+        "num_smoke": write_smoke(info, predicted, labels, folder / "smoke"),
     }
+
+
+def _test(logits: Floats, labels: metrics.Ints, temperature: float) -> dict[str, Any]:
+    top1, top5 = (metrics.in_top_k(logits, labels, k) for k in (1, 5))
+    return {
+        "top1": float(top1.mean()),
+        "top1_interval": metrics.bootstrap_interval(top1),
+        "top5": float(top5.mean()),
+        "top5_interval": metrics.bootstrap_interval(top5),
+        "num_pictures": len(labels),
+        "ece_before": metrics.expected_calibration_error(logits, labels),
+        "ece_after": metrics.expected_calibration_error(logits, labels, temperature),
+    }
+
+
+def _confident_errors(predicted: metrics.Ints, labels: metrics.Ints, confidence: Floats, names: list[str]) -> list[dict[str, Any]]:
+    wrong = np.flatnonzero(predicted != labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:20]
+    return [{"expected": names[labels[i]], "said": names[predicted[i]], "probability": float(confidence[i])} for i in worst]
 
 
 def _finish_model(folder: Path, description: dict[str, Any], result: dict[str, Any], flags: EvaluateFlags) -> None:
@@ -232,7 +317,10 @@ def _write(result: dict[str, Any], info: DatasetInfo, flags: EvaluateFlags) -> d
     champion = result["champion"]
     summary = {
         "top1": result["test"]["top1"],
+        "top1_low": result["test"]["top1_interval"][0],
+        "top1_high": result["test"]["top1_interval"][1],
         "top5": result["test"]["top5"],
+        "ece": result["test"]["ece_after"],
         "num_pictures": result["test"]["num_pictures"],
         "champion_top1": champion["top1"] if champion else None,
         "num_classes": info.num_classes,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ h1{font-size:24px;margin:8px 0}h2{font-size:18px;margin:32px 0 8px;border-bottom
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{text-align:left;padding:4px 8px;border-bottom:1px solid #e5e7eb}
 td.n{font-variant-numeric:tabular-nums}.muted{color:#6b7280}
 .cards{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}.card{border:1px solid #e5e7eb;border-radius:8px;padding:8px 14px}
-.card b{display:block;font-size:22px}.fired{color:#b91c1c;font-weight:600}.fine{color:#047857}
+.card b{display:block;font-size:22px}.card small,td small{display:block;color:#6b7280}
+.fired{color:#b91c1c;font-weight:600}.fine{color:#047857}
 .grid>div{min-width:0;overflow:hidden}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:8px}details{margin:8px 0}
-.scroll{max-height:420px;overflow:auto}
+.scroll{max-height:420px;overflow:auto}.pairs img{height:84px;margin-right:4px;border-radius:4px;vertical-align:top}
 """
 
 
@@ -202,15 +205,46 @@ def _rules_html(facts: dict[str, Any]) -> str:
 def _cards(facts: dict[str, Any]) -> str:
     test, champion = facts["evaluation"].get("test", {}), facts["evaluation"].get("champion") or {}
     speed = facts["evaluation"].get("latency_ms", {})
+    before = test.get("ece_before")
     values = [
-        ("test top1", test.get("top1")),
-        ("test top5", test.get("top5")),
-        ("test pictures", test.get("num_pictures")),
-        ("calibration error", test.get("ece_after")),
-        ("ms per picture (p50)", speed.get("p50")),
-        ("champion top1", champion.get("top1")),
+        ("test top1", test.get("top1"), _interval(test.get("top1_interval"))),
+        ("test top5", test.get("top5"), _interval(test.get("top5_interval"))),
+        ("test pictures", test.get("num_pictures"), ""),
+        ("calibration error", test.get("ece_after"), "" if before is None else f"{_e(before)} before scaling"),
+        ("ms per picture (p50)", speed.get("p50"), ""),
+        ("champion top1", champion.get("top1"), ""),
     ]
-    return "<div class=cards>" + "".join(f"<div class=card>{_e(name)}<b>{_e(value)}</b></div>" for name, value in values) + "</div>"
+    cards = (f"<div class=card>{_e(name)}<b>{_e(value)}</b><small>{_e(note)}</small></div>" for name, value, note in values)
+    return f"<div class=cards>{''.join(cards)}</div>"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return f"{_e(float(bounds[0]))} to {_e(float(bounds[1]))} (95 %)" if bounds else ""
+
+
+_EXAMPLE = re.compile(r"examples/\d+-\d+-\d+\.jpg")
+
+
+def _image(folder: Path, file: str | None, text: str) -> str:
+    """A picture of the evaluation, inline; nothing where there is none."""
+    if file is None or not _EXAMPLE.fullmatch(file) or not (folder / file).is_file():
+        return ""
+    data = base64.b64encode((folder / file).read_bytes()).decode("ascii")
+    return f'<img alt="{_e(text)}" title="{_e(text)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _pairs_html(pairs: list[dict[str, Any]], folder: Path) -> str:
+    """The most confused pairs: confused pictures, and one of either class that is classified right."""
+    lines = []
+    for pair in pairs:
+        names = {"expected": pair["expected"], "said": pair["said"]}
+        wrong = "".join(_image(folder, e["file"], f"said with probability {e['probability']:.2f}") for e in pair["examples"])
+        right = {name: _image(folder, pair["references"].get(name), f"{label}, classified right") for name, label in names.items()}
+        cells = [f"{_e(label)}{right[name]}" for name, label in names.items()]
+        share = f"{pair['count']}<small>{pair['share']:.0%} of the class</small>"
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (cells[0], wrong, cells[1], share)) + "</tr>")
+    head = "<tr><th>true class<th>taken for the other<th>predicted class<th>pictures</tr>"
+    return f"<h2>Most confused</h2><div class='scroll pairs'><table>{head}{''.join(lines)}</table></div>" if pairs else ""
 
 
 def _dataset_html(dataset: dict[str, Any]) -> str:
@@ -244,20 +278,24 @@ def _trials_html(facts: dict[str, Any]) -> str:
     return table + (_plot(charts.trials(plottable)) if plottable else "")
 
 
-def _evaluation_html(evaluation: dict[str, Any]) -> str:
+def _evaluation_html(evaluation: dict[str, Any], folder: Path) -> str:
     if not evaluation:
         return "<p class=muted>No evaluation.</p>"
     reliability = evaluation["reliability"]
     plots = _plot(charts.confusion(evaluation["confusion"], evaluation["classes"]))
     plots += _plot(charts.calibration(reliability["before"], reliability["after"]))
     rows = sorted(evaluation["per_class"], key=lambda r: (r["f1"] is not None, r["f1"] or 0))
+    if macro := evaluation.get("macro"):
+        label = f"macro average of {macro['num_classes']} classes"
+        rows = [{"label": label, "num_pictures": evaluation["test"]["num_pictures"], **macro}, *rows]
     table = _table(
-        ["class", "test pictures", "recall", "precision", "F1"],
-        [[r["label"], r["num_pictures"], r["recall"], r["precision"], r["f1"]] for r in rows],
+        ["class", "test pictures", "precision", "recall", "F1"],
+        [[r["label"], r["num_pictures"], r["precision"], r["recall"], r["f1"]] for r in rows],
     )
     wrong = [[w["expected"], w["said"], w["probability"]] for w in evaluation.get("confident_errors", [])]
     errors = f"<details><summary>Most confident errors</summary>{_table(['expected', 'said', 'probability'], wrong)}</details>"
-    return plots + "<h2>Per class, worst first</h2>" + table + errors
+    pairs = _pairs_html(evaluation.get("confused_pairs", []), folder)
+    return plots + pairs + "<h2>Per class, worst first</h2>" + table + errors
 
 
 def page(facts: dict[str, Any], root: Path) -> str:
@@ -276,7 +314,7 @@ def page(facts: dict[str, Any], root: Path) -> str:
         ("Tuning", _trials_html(facts)),
         ("Training", training or "<p class=muted>No history of epochs.</p>"),
         ("Machine", _machine_html(root, facts)),
-        ("Test", _evaluation_html(facts["evaluation"])),
+        ("Test", _evaluation_html(facts["evaluation"], root / "evaluation")),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
     return _html(f"Run {facts['run']}", _cards(facts) + notes + body)
