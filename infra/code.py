@@ -81,6 +81,21 @@ def hyperparameters() -> list[str]:
     raise ConfigError(f"{path} defines no class TrainingConfig; expected the training code's configuration there.")
 
 
+def epochs_by_recipe() -> tuple[int, dict[str, int]]:
+    """The training code's default number of epochs, and the recipes that have another: read from its source too."""
+    path = MODEL_CODE / "classifier" / "config.py"
+    default, recipes = None, None
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            if node.target.id == "epochs":
+                default = ast.literal_eval(node.value)
+            if node.target.id == "RECIPE_DEFAULTS":
+                recipes = ast.literal_eval(node.value)
+    if default is None or recipes is None:
+        raise ConfigError(f"{path}: expected TrainingConfig.epochs and RECIPE_DEFAULTS with plain values there.")
+    return default, {recipe: values["epochs"] for recipe, values in recipes.items() if "epochs" in values}
+
+
 def copied_by(dockerfile: Path) -> list[Path]:
     """The files that a Dockerfile copies into its image, and the Dockerfile itself: everything the image depends on."""
     context = dockerfile.parent

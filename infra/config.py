@@ -10,15 +10,21 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from infra.machines import gpu_count
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 InstanceType = Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")]
 BucketName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 
-RECIPES = ("head", "finetune", "scratch")
+RECIPES = ("head", "finetune", "lp-ft", "scratch")
+FEATURE_RECIPES = ("head", "lp-ft")
+"""Recipes that train a linear layer on the frozen backbone's features, which CacheFeatures computes once for all trials."""
 STRATEGIES = ("Bayesian", "Random", "Grid", "Hyperband")
+WARM_START_TYPES = ("TransferLearning", "IdenticalDataAndAlgorithm")
+SCALES = ("Auto", "Linear", "Logarithmic", "ReverseLogarithmic")
 
 # Longest prefix that leaves room for "-" and 16 hash digits in a tuning job's 32 characters, with a little to spare.
 MAX_PREFIX = 12
@@ -34,6 +40,40 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Range(Section):
+    """A searched hyperparameter between two numbers, both included."""
+
+    min: float
+    max: float
+    scale: Literal["Auto", "Linear", "Logarithmic", "ReverseLogarithmic"] = "Auto"
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        if not self.min < self.max:
+            raise ValueError(f"min is {self.min:g} and max {self.max:g}; expected min < max")
+        if self.scale == "Logarithmic" and self.min <= 0:
+            raise ValueError(f"min is {self.min:g} with scale Logarithmic; expected more than 0, or scale Linear")
+        if self.scale == "ReverseLogarithmic" and (self.integer or self.min < 0 or self.max >= 1):
+            raise ValueError("scale is ReverseLogarithmic; expected numbers from 0 to below 1, not integers, or scale Linear")
+        if self.integer and not (self.min.is_integer() and self.max.is_integer()):
+            raise ValueError(f"min is {self.min:g} and max {self.max:g} with integer true; expected whole numbers")
+        return self
+
+
+def _search_kind(value: Any) -> str:
+    """Which of the two forms of a searched hyperparameter ``value`` is meant to be; the tag is a part of error messages."""
+    return "range" if isinstance(value, Mapping | Range) else "list"
+
+
+Choices = Annotated[tuple[str | bool | int | float, ...], Field(min_length=1, max_length=30)]
+Searched = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[Choices, Tag("list")],
+    Discriminator(_search_kind),
+]
+TuningJobName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,31}$")]
+
+
 class Tuning(Section):
     """Defaults of the hyperparameter search, overridable field by field in the state machine's input."""
 
@@ -44,6 +84,11 @@ class Tuning(Section):
     """Smallest and largest learning rate, searched on a logarithmic scale."""
     batch_size: tuple[int, ...] = (64, 128, 256)
     early_stopping: Literal["Off", "Auto"] = "Off"
+    ranges: Annotated[dict[str, Searched], Field(max_length=20)] = {}
+    """Further searched hyperparameters by name: ``{"min", "max", "scale", "integer"}``, or a list of values."""
+    warm_start: Annotated[tuple[TuningJobName, ...], Field(max_length=5)] = ()
+    """Earlier tuning jobs whose trials inform this search, as SageMaker's warm start defines it."""
+    warm_start_type: Literal["TransferLearning", "IdenticalDataAndAlgorithm"] = "TransferLearning"
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -69,7 +114,7 @@ class MachineInput(Section):
     action: Literal["train", "deploy"] = "train"
     source: str = Field(min_length=1)
     """``https://`` archive on an allowed host, ``s3://`` prefix or archive, or a key prefix in the data bucket."""
-    recipe: Literal["head", "finetune", "scratch"] = "head"
+    recipe: Literal["head", "finetune", "lp-ft", "scratch"] = "head"
     backbone: str = Field(default="mobilenet_v2", pattern=r"^[a-z][a-z0-9_]*$")
     pretrained: str = "torchvision"
     """``torchvision``, ``none``, or a URI or key of a state dict (.pth, .pt, .safetensors)."""
@@ -90,8 +135,8 @@ class Jobs(Section):
     """Machines for one kind of job."""
 
     instance_type: InstanceType = "ml.m5.xlarge"
-    instance_count: int = Field(default=1, ge=1, le=1)
-    """One: the jobs do not share their work over several machines yet, and every further one would only cost."""
+    instance_count: int = Field(default=1, ge=1, le=16)
+    """Machines that a training or a trial shares its work over, by torchrun. Processing takes one; see ``prepare_instances``."""
     volume_gb: int = Field(default=30, ge=10, le=16384)
     max_runtime_s: int = Field(default=3600, ge=60, le=432_000)
     spot: bool = False
@@ -108,6 +153,16 @@ class Jobs(Section):
     def gpu(self) -> bool:
         """Whether the machine has an NVIDIA GPU, so that the CUDA container is needed."""
         return self.instance_type.startswith(("ml.g", "ml.p"))
+
+    @property
+    def distributed(self) -> bool:
+        """Whether a training takes more than one process: on several GPUs of a machine, or on several machines."""
+        return self.instance_count > 1 or gpu_count(self.instance_type) > 1
+
+    @model_validator(mode="after")
+    def _known_machine(self) -> Self:
+        gpu_count(self.instance_type)
+        return self
 
     @model_validator(mode="after")
     def _wait_longer_than_run(self) -> Self:
@@ -156,6 +211,8 @@ class StageConfig(Section):
     source_buckets: tuple[BucketName, ...] = ()
     """Further buckets that PrepareData may read."""
     processing: Jobs = Jobs()
+    prepare_instances: int = Field(default=1, ge=1, le=20)
+    """Machines that PrepareData shares the pictures over."""
     tuning_jobs: Jobs = Jobs()
     training: Jobs = Jobs()
     max_trials: int = Field(default=100, ge=1, le=500)
@@ -194,6 +251,21 @@ class StageConfig(Section):
             )
         if self.processing.spot:
             raise ValueError("processing.spot is true; expected false: SageMaker has no spot for processing jobs")
+        if self.processing.instance_count > 1:
+            raise ValueError(
+                f"processing.instance_count is {self.processing.instance_count}; expected 1: only PrepareData shares its work, "
+                "use prepare_instances"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _machines_pay_off(self) -> Self:
+        for name, jobs in (("training", self.training), ("tuning_jobs", self.tuning_jobs)):
+            if self.input.recipe == "head" and jobs.instance_count > 1:
+                raise ValueError(
+                    f"{name}.instance_count is {jobs.instance_count} with recipe head; expected 1: a linear layer on cached "
+                    "features takes seconds, further machines would only cost. Or choose recipe finetune, lp-ft or scratch"
+                )
         return self
 
 
@@ -277,7 +349,9 @@ def _names_at(path: tuple[int | str, ...]) -> list[str]:
     """The field names of the section at ``path``."""
     model: type[BaseModel] = StageConfig
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
+        field = model.model_fields.get(str(part))
+        # Inside tuning.ranges come a hyperparameter's name and the tag of its form.
+        annotation = field.annotation if field else Range
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return sorted(model.model_fields)

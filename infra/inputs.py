@@ -8,7 +8,18 @@ from __future__ import annotations
 import json
 
 from infra import code
-from infra.config import RECIPES, STRATEGIES, MachineInput, QualityGate, StageConfig, Tuning
+from infra.config import (
+    FEATURE_RECIPES,
+    RECIPES,
+    SCALES,
+    STRATEGIES,
+    WARM_START_TYPES,
+    MachineInput,
+    QualityGate,
+    Range,
+    StageConfig,
+    Tuning,
+)
 
 FIELDS = tuple(MachineInput.model_fields)
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -19,6 +30,12 @@ MAX_KEY = 180
 
 # Set by the state machine itself, from other fields or from the search.
 RESERVED_HYPERPARAMETERS = ("recipe", "backbone", "pretrained", "image_size", "learning_rate", "batch_size")
+
+CACHED_HYPERPARAMETERS = ("resize_size", "feature_views", "horizontal_flip", "random_resized_crop_min_scale", "seed")
+"""What CacheFeatures bakes into the features: a trial cannot change it afterwards."""
+
+GRID_LEARNING_RATES = 4
+"""Grid search knows only categories: so many learning rates between the smallest and the largest."""
 
 
 def merge(config: StageConfig) -> str:
@@ -37,7 +54,8 @@ def merge(config: StageConfig) -> str:
 
 def check(config: StageConfig) -> str:
     """JSONata source of one line that names every bad field, its value, and what was expected; empty when all is well."""
-    sentences = ", ".join([_is_object(), _run_name(), *_unknown(), *_top_level(config), *_tuning(config), *_gate()])
+    parts = [*_unknown(), *_top_level(config), *_tuning(config), *_ranges(config), *_warm_start(), *_gate()]
+    sentences = ", ".join([_is_object(), _run_name(), *parts])
     return (
         "($shown := function($value) { $substring($string($value), 0, 200) }; "
         "$bad := function($name, $value, $ok, $expected) "
@@ -49,6 +67,7 @@ def check(config: StageConfig) -> str:
         "{ $type($value) = 'number' ? ($value >= $low ? $value <= $high : false) : false }; "
         "$names := function($value) { $type($value) = 'object' ? $append([], $keys($value)) : [] }; "
         "$i := $request; $t := $type($i.tuning) = 'object' ? $i.tuning : {}; "
+        "$r := $type($t.ranges) = 'object' ? $t.ranges : {}; "
         "$q := $type($i.quality_gate) = 'object' ? $i.quality_gate : {}; "
         f"$join($append([], $filter([{sentences}], function($line) {{ $line != '' }})), ' '))"
     )
@@ -93,7 +112,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 def _top_level(config: StageConfig) -> list[str]:
     """The fields outside the groups."""
     name = "function($value) { $type($value) in ['string', 'number', 'boolean'] }"
-    known = [field for field in code.hyperparameters() if field not in RESERVED_HYPERPARAMETERS]
+    known = _known_hyperparameters()
     return [
         _one_of("action", "$i.action", ("train", "deploy")),
         _bad("source", "$i.source", _source(config), _source_expectation(config)),
@@ -105,7 +124,7 @@ def _top_level(config: StageConfig) -> list[str]:
         _bad(
             "pretrained",
             "$i.pretrained",
-            "$i.recipe in ['head', 'finetune'] ? $i.pretrained != 'none' : true",
+            "$i.recipe != 'scratch' ? $i.pretrained != 'none' : true",
             "weights, because the recipe starts from a trained backbone; or choose recipe scratch",
         ),
         _bad("image_size", "$i.image_size", "$whole($i.image_size, 16, 1024)", "an integer from 16 to 1024"),
@@ -135,6 +154,11 @@ def _top_level(config: StageConfig) -> list[str]:
             f"the ARN of a version in the model package group {config.prefix}, because action is deploy",
         ),
     ]
+
+
+def _known_hyperparameters() -> list[str]:
+    """The training code's hyperparameters that the state machine does not set itself."""
+    return [field for field in code.hyperparameters() if field not in RESERVED_HYPERPARAMETERS]
 
 
 def _source(config: StageConfig) -> str:
@@ -206,6 +230,95 @@ def _tuning(config: StageConfig) -> list[str]:
         _bad("tuning.learning_rate", "$t.learning_rate", rate, "[smallest, largest] with 0 < smallest < largest <= 10"),
         _bad("tuning.batch_size", "$t.batch_size", sizes, "a list of integers from 1 to 8192, such as [64, 128, 256]"),
         _one_of("tuning.early_stopping", "$t.early_stopping", ("Off", "Auto")),
+    ]
+
+
+def _ranges(config: StageConfig) -> list[str]:
+    """``tuning.ranges``: known names, forms that SageMaker can search, and a grid that is not larger than the stage allows."""
+    names = "$append([], $keys($r))"
+    baked = [name for name in CACHED_HYPERPARAMETERS if name in _known_hyperparameters()]
+    lists_only = f"$count($filter({names}, function($name) {{ $type($lookup($r, $name)) != 'array' }})) = 0"
+    values = f"$append([], $map({names}, function($name) {{ $count($lookup($r, $name)) }}))"
+    trials = f"$reduce($append([{GRID_LEARNING_RATES}, $count($t.batch_size)], {values}), function($a, $b) {{ $a * $b }})"
+    return [
+        _bad(
+            "tuning.ranges",
+            "$t.ranges",
+            "$type($t.ranges) = 'object' ? $count($keys($r)) <= 20 : false",
+            'an object with at most 20 names, such as {"weight_decay": {"min": 0.00001, "max": 0.01}}',
+        ),
+        _each_range(
+            f"$not($name in {json.dumps(_known_hyperparameters())})", f"a name among {', '.join(_known_hyperparameters())}"
+        ),
+        _each_range(
+            f"$i.recipe in {json.dumps(FEATURE_RECIPES)} ? $name in {json.dumps(baked)} : false",
+            "no range: the recipe's features are computed once, before the search; give one value in hyperparameters",
+        ),
+        _each_range(f"$not({_searchable()})", _searchable_expectation()),
+        _bad(
+            "tuning.strategy",
+            "$t.strategy",
+            f"$t.strategy = 'Grid' ? {lists_only} : true",
+            "Bayesian, Random or Hyperband, or only lists of values in tuning.ranges",
+        ),
+        _bad(
+            "The number of trials of the grid",
+            trials,
+            f"$t.strategy = 'Grid' ? ({lists_only} ? {trials} <= {config.max_trials} : true) : true",
+            f"at most {config.max_trials}; give fewer values in tuning.batch_size and tuning.ranges",
+        ),
+    ]
+
+
+def _each_range(wrong: str, expected: str) -> str:
+    """A sentence for each range of which ``wrong`` holds; ``$name`` and ``$one`` are its name and its content there."""
+    return (
+        f"$join($append([], $map($append([], $keys($r)), function($name) {{ ($one := $lookup($r, $name); ({wrong}) ? "
+        f"$bad('tuning.ranges.' & $name, $one, false, {json.dumps(expected)}) : '') }})), '')"
+    )
+
+
+def _searchable() -> str:
+    """JSONata: whether SageMaker can search the range ``$one``: a list, or two numbers with a scale that fits them."""
+    unknown = f"function($key) {{ $not($key in {json.dumps(tuple(Range.model_fields))}) }}"
+    return (
+        "($type($one) = 'array' ? "
+        "($count($one) > 0 ? ($count($one) <= 30 ? $count($filter($one, function($value) "
+        "{ $not($type($value) in ['string', 'number', 'boolean']) })) = 0 : false) : false) : $type($one) != 'object' ? false : "
+        f"$count($filter($append([], $keys($one)), {unknown})) > 0 ? false : "
+        # A comparison with something missing is false in JSONata, unequal included: hence $not.
+        "$not($type($one.min) = 'number') ? false : $not($type($one.max) = 'number') ? false : $one.min >= $one.max ? false : "
+        "($scale := $exists($one.scale) ? $one.scale : 'Auto'; $whole := $exists($one.integer) ? $one.integer : false; "
+        f"$not($scale in {json.dumps(SCALES)}) ? false : $type($whole) != 'boolean' ? false : "
+        "$scale = 'Logarithmic' and $one.min <= 0 ? false : "
+        "$scale = 'ReverseLogarithmic' and ($whole or $one.min < 0 or $one.max >= 1) ? false : "
+        "$whole ? ($one.min = $floor($one.min) and $one.max = $floor($one.max)) : true))"
+    )
+
+
+def _searchable_expectation() -> str:
+    """What a range must look like."""
+    return (
+        'a list of 1 to 30 values, or {"min", "max", "scale", "integer"} with min < max, whole numbers where integer is true, '
+        f"scale one of {', '.join(SCALES)}; Logarithmic needs min > 0, ReverseLogarithmic numbers from 0 to below 1"
+    )
+
+
+def _warm_start() -> list[str]:
+    """``tuning.warm_start``: names of earlier tuning jobs. SageMaker documents it for two strategies."""
+    names = (
+        "$type($t.warm_start) = 'array' ? ($count($t.warm_start) <= 5 ? $count($filter($t.warm_start, function($name) "
+        "{ $not($contains($text($name), /^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,31}$/)) })) = 0 : false) : false"
+    )
+    return [
+        _bad("tuning.warm_start", "$t.warm_start", names, "a list of at most 5 names of earlier tuning jobs, such as []"),
+        _one_of("tuning.warm_start_type", "$t.warm_start_type", WARM_START_TYPES),
+        _bad(
+            "tuning.strategy",
+            "$t.strategy",
+            "$count($t.warm_start) > 0 ? $t.strategy in ['Bayesian', 'Random'] : true",
+            "Bayesian or Random, because tuning.warm_start names earlier jobs; or leave warm_start out",
+        ),
     ]
 
 

@@ -12,8 +12,8 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_stepfunctions as sfn
 from constructs import Construct
 
-from infra import inputs, requests
-from infra.config import StageConfig
+from infra import code, inputs, requests
+from infra.config import FEATURE_RECIPES, StageConfig
 from infra.functions import log_group
 from infra.requests import Json, ask
 
@@ -40,6 +40,7 @@ JOB_STATES = ("PrepareData", "CacheFeatures", "Tune", "Train", "Evaluate", "Repo
 
 ADVICE = {
     "PrepareData": "Look at the source and at runs/<run>/prepare/report.json.",
+    "CheckBatchSize": "Start again with smaller values in tuning.batch_size, or with more pictures.",
     "CacheFeatures": "Check that backbone and pretrained fit each other.",
     "Tune": "Open the tuning job's trials in SageMaker; their log's last lines name the reason.",
     "Train": "Open the training job's log in CloudWatch.",
@@ -90,6 +91,7 @@ def _input_states(config: StageConfig) -> Json:
                 "tuning_job": None,
                 "training_job": None,
                 "best": None,
+                "batch_sizes": [],
                 "model_name": "",
                 "endpoint_config": "",
                 "previous_config": "",
@@ -123,7 +125,7 @@ def _input_states(config: StageConfig) -> Json:
                     f"{requests.key_uri('$request.pretrained')}"
                 ),
                 "static": ask(_static()),
-                "epochs": ask("$exists($request.hyperparameters.epochs) ? $number($request.hyperparameters.epochs) : 10"),
+                "epochs": ask(_epochs()),
             },
             "Next": "ChooseAction",
         },
@@ -140,15 +142,29 @@ def _weights_by_name() -> str:
     return "$request.pretrained in ['torchvision', 'none']"
 
 
+def _epochs() -> str:
+    """JSONata source of the most epochs that a trial may train: what Hyperband shares out."""
+    default, recipes = code.epochs_by_recipe()
+    given, searched = "$request.hyperparameters.epochs", "$request.tuning.ranges.epochs"
+    own = f"$lookup({json.dumps(recipes)}, $request.recipe)"
+    # A value that is no number is left to the trials, which refuse it with a sentence.
+    usual = f"$exists({given}) ? $given({given}) : $exists({own}) ? {own} : {default}"
+    most = f"$max($append([], $map($type({searched}) = 'array' ? {searched} : [{searched}.max], $given)))"
+    return (
+        f"($given := function($value) {{ $contains($string($value), /^[1-9][0-9]*$/) ? $number($value) : {default} }}; "
+        f"$exists({searched}) ? ({most}) : ({usual}))"
+    )
+
+
 def _static() -> str:
-    """JSONata source of the hyperparameters that are not searched, all as strings."""
+    """JSONata source of the hyperparameters that are not searched, all as strings. SageMaker refuses a name that is both."""
     own = (
         "{'recipe': $request.recipe, 'backbone': $request.backbone, "
         f"'pretrained': {_weights_by_name()} ? $request.pretrained : 'channel', 'image_size': $request.image_size}}"
     )
     return (
-        f"$merge($append([{{}}], $each($merge([$request.hyperparameters, {own}]), "
-        "function($value, $name) { {$name: $string($value)} })))"
+        f"$merge($append([{{}}], $each($merge([$request.hyperparameters, {own}]), function($value, $name) "
+        "{ $exists($lookup($request.tuning.ranges, $name)) ? {} : {$name: $string($value)} })))"
     )
 
 
@@ -158,35 +174,115 @@ def _static() -> str:
 def _data_states(config: StageConfig) -> Json:
     """Pictures to a checked data set, and features when the backbone is frozen."""
     processing = config.processing
+    prepared = _read_json("ReadPrepared", "prepare/result.json", "dataset", "CheckBatchSize")
+    pictures = "$parse($states.result.Body).num_pictures.train"
+    fitting = f"$filter($request.tuning.batch_size, function($size) {{ $size <= {pictures} }})"
+    prepared["Assign"]["batch_sizes"] = ask(f"$append([], {fitting})")
     return {
         "PrepareData": _job("PrepareData", "createProcessingJob", requests.prepare(config), processing.wait_s, "ReadPrepared"),
-        "ReadPrepared": _read_json("ReadPrepared", "prepare/result.json", "dataset", "ChooseFeatures"),
+        "ReadPrepared": prepared,
+        "CheckBatchSize": {
+            "Type": "Choice",
+            "Comment": "Batches that the data set cannot fill are left out of the search",
+            "Choices": [{"Condition": ask("$count($batch_sizes) = 0"), "Next": "BatchTooLarge"}],
+            "Default": "ChooseFeatures",
+        },
+        "BatchTooLarge": {
+            "Type": "Pass",
+            "Assign": {"failure": {"state": "CheckBatchSize", "error": "BatchTooLarge", "cause": ask(_batch_too_large())}},
+            "Next": "CleanUp",
+        },
         "ChooseFeatures": {
             "Type": "Choice",
-            "Choices": [{"Condition": ask("$request.recipe = 'head'"), "Next": "CacheFeatures"}],
+            "Choices": [{"Condition": ask(f"$request.recipe in {json.dumps(FEATURE_RECIPES)}"), "Next": "CacheFeatures"}],
             "Default": "Tune",
         },
         "CacheFeatures": _job("CacheFeatures", "createProcessingJob", requests.cache_features(config), processing.wait_s, "Tune"),
     }
 
 
+def _batch_too_large() -> str:
+    """JSONata source of the sentence about batch sizes of which none fits."""
+    return (
+        "'tuning.batch_size is ' & $string($request.tuning.batch_size) & '; expected at least one value of at most ' & "
+        "$string($dataset.num_pictures.train) & ', the number of training pictures'"
+    )
+
+
 def _training_states(config: StageConfig) -> Json:
     """The search, and the final training with what it found."""
     search_s = min(5 * 86_400, config.tuning_jobs.wait_s * config.max_trials)
-    found = (
-        "$exists($states.result.BestTrainingJob.TunedHyperParameters) ? "
-        "$sift($states.result.BestTrainingJob.TunedHyperParameters, "
-        "function($value, $name) { $not($contains($name, /^_/)) }) : "
-        "$error('No trial completed with an objective; open the trials in SageMaker to see why.')"
-    )
     tune = _job("Tune", "createHyperParameterTuningJob", requests.tuning(config), search_s, "Train")
-    tune["Assign"] = {"best": ask(found), "tuning_job": ask("$states.result.HyperParameterTuningJobName")}
+    tune["Assign"] = {"best": ask(_found()), "tuning_job": ask("$states.result.HyperParameterTuningJobName")}
+    tune["Catch"] = _catch("Tune", "TrialsFailed")
     train = _job("Train", "createTrainingJob", requests.training(config), config.training.wait_s, "Evaluate")
     train["Assign"] = {
         "training_job": ask("$states.result.TrainingJobName"),
         "trained_model": ask("$states.result.ModelArtifacts.S3ModelArtifacts"),
     }
-    return {"Tune": tune, "Train": train}
+    return {"Tune": tune, **_trial_failure_states(), "Train": train}
+
+
+def _found() -> str:
+    """JSONata source of the best hyperparameters.
+
+    A warm start on identical data knows an overall best, which may be an earlier search's trial; it counts when that search had
+    searched the same hyperparameters, because the others' values stand in no answer.
+    """
+    return (
+        "($names := function($job) { $join($sort($append([], $keys($job.TunedHyperParameters))), ' ') }; "
+        "$own := $states.result.BestTrainingJob; $overall := $states.result.OverallBestTrainingJob; "
+        "$job := $exists($overall) ? ($names($overall) = $names($own) ? $overall : $own) : $own; "
+        "$exists($job.TunedHyperParameters) ? "
+        "$sift($job.TunedHyperParameters, function($value, $name) { $not($contains($name, /^_/)) }) : "
+        "$error('No trial completed with an objective; open the trials in SageMaker to see why.'))"
+    )
+
+
+def _trial_failure_states() -> Json:
+    """A failed tuning job only counts its failed trials: the first one's own reason takes the place of that sentence.
+
+    It also lets a lack of capacity, which only the trials name, be waited out.
+    """
+    described = "$substring($failure.cause, 0, 1) = '{' ? $substring($failure.cause, -1) = '}' : false"
+    tuning = "$parse($failure.cause)"
+    first = "$states.result.TrainingJobSummaries[0]"
+    sentence = f"'Trial ' & {first}.TrainingJobName & ': ' & {first}.FailureReason"
+    read = _task(
+        "ReadTrialFailure",
+        f"{SDK}:sagemaker:listTrainingJobsForHyperParameterTuningJob",
+        {
+            "HyperParameterTuningJobName": ask(f"{tuning}.HyperParameterTuningJobName"),
+            "StatusEquals": "Failed",
+            "SortBy": "CreationTime",
+            "SortOrder": "Ascending",
+            "MaxResults": 1,
+        },
+        "CapacityMissing",
+    )
+    read["Retry"] = [_retry(["SageMaker.ThrottlingException"])]
+    read["Assign"] = {
+        "failure": {
+            "state": ask("$failure.state"),
+            "error": ask("$failure.error"),
+            "cause": ask(f"$exists({first}.FailureReason) ? {sentence} : $failure.cause"),
+        }
+    }
+    # The tuning job's own sentence is better than none.
+    read["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "CapacityMissing"}]
+    return {
+        "TrialsFailed": {
+            "Type": "Choice",
+            "Choices": [
+                {
+                    "Condition": ask(f"({described}) ? {tuning}.HyperParameterTuningJobStatus = 'Failed' : false"),
+                    "Next": "ReadTrialFailure",
+                }
+            ],
+            "Default": "CapacityMissing",
+        },
+        "ReadTrialFailure": read,
+    }
 
 
 def _evaluation_states(config: StageConfig) -> Json:
@@ -575,7 +671,7 @@ def _explanation() -> str:
 # --- building blocks -------------------------------------------------------------------------------------------------------
 
 
-def _task(name: str, resource: str, arguments: Json, following: str, *, timeout_s: int = 300) -> Json:
+def _task(name: str, resource: str, arguments: Json | str, following: str, *, timeout_s: int = 300) -> Json:
     """A Task with a time limit, retries when AWS is busy, and a way out."""
     return {
         "Type": "Task",
@@ -588,7 +684,7 @@ def _task(name: str, resource: str, arguments: Json, following: str, *, timeout_
     }
 
 
-def _job(name: str, call: str, request: Json, limit_s: int, following: str) -> Json:
+def _job(name: str, call: str, request: Json | str, limit_s: int, following: str) -> Json:
     """A SageMaker job that the state waits for. Half an hour more than the job's own limit: SageMaker starts and uploads too."""
     state = _task(name, f"{OPTIMIZED}:{call}.sync", request, following, timeout_s=limit_s + 1800)
     state["Catch"] = _catch(name, "CapacityMissing")

@@ -2,7 +2,8 @@
 
 Fixed values are plain; values known only in an execution are JSONata (``{% … %}``), which Step Functions evaluates. ``Raw``
 marks JSONata inside a structure that ``jsonata`` renders as one expression. Variables of the state machine:
-``$run`` (execution name), ``$request`` (checked input), ``$dataset`` (prepare's result.json), ``$best`` (hyperparameters).
+``$run`` (execution name), ``$request`` (checked input), ``$dataset`` (prepare's result.json), ``$static`` (hyperparameters that are
+not searched), ``$batch_sizes`` (those that the data set can fill), ``$best`` (hyperparameters found by the search).
 ``${Name}`` is filled in by CloudFormation (DefinitionSubstitutions).
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra.config import Jobs, StageConfig
+from infra.config import FEATURE_RECIPES, Jobs, StageConfig
+from infra.inputs import GRID_LEARNING_RATES
 
 Json = dict[str, Any]
 
@@ -110,6 +112,16 @@ def prepare(config: StageConfig) -> Json:
     return _processing(config, "prep", "PrepareRole", "prepare.py", flags, [], outputs)
 
 
+_FEATURE_DEFAULTS = {
+    "resize_size": "0",
+    "feature_views": "1",
+    "horizontal_flip": "true",
+    "random_resized_crop_min_scale": "0.35",
+    "seed": "0",
+}
+"""Hyperparameters that shape the cached features, with the training code's defaults."""
+
+
 def cache_features(config: StageConfig) -> Json:
     """CacheFeatures: the frozen backbone's features of every picture, computed once for all trials."""
     flags = {
@@ -118,7 +130,7 @@ def cache_features(config: StageConfig) -> Json:
         "backbone": ask("$request.backbone"),
         "pretrained": ask("$pretrained"),
         "image_size": ask("$string($request.image_size)"),
-        "resize_size": ask("$exists($static.resize_size) ? $static.resize_size : '0'"),
+        **{name: ask(f"$exists($static.{name}) ? $static.{name} : '{default}'") for name, default in _FEATURE_DEFAULTS.items()},
         "features": f"{OUTPUT}/features",
     }
     fixed = [_code(), _read("dataset", ask("$dataset.dataset_uri"))]
@@ -193,7 +205,7 @@ def _processing(
         },
         "ProcessingResources": {
             "ClusterConfig": {
-                "InstanceCount": 1,
+                "InstanceCount": config.prepare_instances if kind == "prep" else 1,
                 "InstanceType": machine.instance_type,
                 "VolumeSizeInGB": machine.volume_gb,
             }
@@ -236,62 +248,107 @@ def _unwrapped(value: Any) -> Any:
 # --- training --------------------------------------------------------------------------------------------------------------
 
 
-def tuning(config: StageConfig) -> Json:
-    """CreateHyperParameterTuningJob: trials of ``hpo.py`` over learning rate and batch size, judged on the validation split."""
-    job = _training_job(config, config.tuning_jobs, "tuning")
+def tuning(config: StageConfig) -> str:
+    """CreateHyperParameterTuningJob: trials of ``hpo.py`` over the ranges, judged on the validation split.
+
+    One expression, because WarmStartConfig must be absent, not empty, when there is nothing to start from.
+    """
+    machine = config.tuning_jobs
     definition = {
-        **job,
+        **_training_job(config, machine, "tuning"),
         "AlgorithmSpecification": {
             "TrainingImage": "${TuningImage}",
             "TrainingInputMode": "File",
             "MetricDefinitions": METRICS,
         },
-        "StaticHyperParameters": ask(f"$merge([$static, {jsonata(_toolkit('hpo.py'))}])"),
+        "StaticHyperParameters": ask(f"$merge([$static, {jsonata(_toolkit('hpo.py', machine))}])"),
     }
+    if machine.spot:
+        definition["CheckpointConfig"] = _checkpoints("tuning")
+    request = {
+        "HyperParameterTuningJobName": job_name(config),
+        "HyperParameterTuningJobConfig": ask(_search()),
+        "TrainingJobDefinition": definition,
+        "Tags": tags(config),
+    }
+    parents = "$map($request.tuning.warm_start, function($name) { {'HyperParameterTuningJobName': $name} })"
+    warm = {
+        "ParentHyperParameterTuningJobs": Raw(f"$append([], {parents})"),
+        "WarmStartType": Raw("$request.tuning.warm_start_type"),
+    }
+    optional = f"$count($request.tuning.warm_start) > 0 ? {{'WarmStartConfig': {jsonata(warm)}}} : {{}}"
+    return ask(f"$merge([{jsonata(_unwrapped(request))}, {optional}])")
+
+
+def _search() -> str:
+    """JSONata source of HyperParameterTuningJobConfig."""
     limits = (
-        "$request.tuning.strategy = 'Grid' ? {'MaxParallelTrainingJobs': $request.tuning.max_parallel_jobs} : "
-        # SageMaker refuses more jobs at once than there are in all.
+        # SageMaker refuses more jobs at once than there are in all, and a number of jobs for a grid.
+        "$request.tuning.strategy = 'Grid' ? {'MaxParallelTrainingJobs': $min([$request.tuning.max_parallel_jobs, $trials])} : "
         "{'MaxParallelTrainingJobs': $min([$request.tuning.max_parallel_jobs, $request.tuning.max_jobs]), "
         "'MaxNumberOfTrainingJobs': $request.tuning.max_jobs}"
     )
     settings = {
-        "Strategy": ask("$request.tuning.strategy"),
+        "Strategy": Raw("$request.tuning.strategy"),
         "HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": OBJECTIVE["Name"]},
-        "ResourceLimits": ask(limits),
-        "ParameterRanges": ask(_ranges()),
+        "ResourceLimits": Raw(limits),
+        "ParameterRanges": Raw("$ranges"),
         # Hyperband stops trials by itself and refuses the other mechanism.
-        "TrainingJobEarlyStoppingType": ask("$request.tuning.strategy = 'Hyperband' ? 'Off' : $request.tuning.early_stopping"),
+        "TrainingJobEarlyStoppingType": Raw("$request.tuning.strategy = 'Hyperband' ? 'Off' : $request.tuning.early_stopping"),
     }
     hyperband = {"HyperbandStrategyConfig": {"MinResource": 1, "MaxResource": Raw("$epochs")}}
-    chosen = (
-        f"$merge([{jsonata(_unwrapped(settings))}, $request.tuning.strategy = 'Hyperband' ? "
-        f"{{'StrategyConfig': {jsonata(hyperband)}}} : {{}}])"
+    sizes = "$append([], $map($ranges.CategoricalParameterRanges, function($one) { $count($one.Values) }))"
+    strategy = f"$request.tuning.strategy = 'Hyperband' ? {{'StrategyConfig': {jsonata(hyperband)}}} : {{}}"
+    return (
+        f"($ranges := {_ranges()}; $trials := $reduce({sizes}, function($a, $b) {{ $a * $b }}, 1); "
+        f"$merge([{jsonata(settings)}, {strategy}]))"
     )
-    return {
-        "HyperParameterTuningJobName": job_name(config),
-        "HyperParameterTuningJobConfig": ask(chosen),
-        "TrainingJobDefinition": definition,
-        "Tags": tags(config),
-    }
 
 
 def _ranges() -> str:
-    """JSONata source of ParameterRanges. Grid search knows only categories: four learning rates on a logarithmic scale."""
+    """JSONata source of ParameterRanges: learning rate, batch size, and what ``tuning.ranges`` adds.
+
+    Grid search knows only categories: a few learning rates on a logarithmic scale.
+    """
     rate = "$request.tuning.learning_rate"
-    grid = f"$map([0..3], function($k) {{ $string($round({rate}[0] * $power({rate}[1] / {rate}[0], $k / 3), 6)) }})"
+    steps = GRID_LEARNING_RATES - 1
+    grid = f"$map([0..{steps}], function($k) {{ $string($round({rate}[0] * $power({rate}[1] / {rate}[0], $k / {steps}), 6)) }})"
     continuous = {
         "Name": "learning_rate",
         "MinValue": Raw(f"$string({rate}[0])"),
         "MaxValue": Raw(f"$string({rate}[1])"),
         "ScalingType": "Logarithmic",
     }
-    sizes = "$append([], $map($request.tuning.batch_size, function($size) { $string($size) }))"
-    categories = f"{{'Name': 'batch_size', 'Values': {sizes}}}"
+    sizes = {"Name": "batch_size", "Values": Raw(_texts("$batch_sizes"))}
+    bounds = {
+        "Name": Raw("$name"),
+        "MinValue": Raw("$string($one.min)"),
+        "MaxValue": Raw("$string($one.max)"),
+        "ScalingType": Raw("$exists($one.scale) ? $one.scale : 'Auto'"),
+    }
+    values = {"Name": Raw("$name"), "Values": Raw(_texts("$one"))}
+    whole = "($exists($one.integer) ? $one.integer : false)"
+    lists = _chosen("$type($one) = 'array'", values)
+    real = _chosen(f"$type($one) = 'object' ? $not({whole}) : false", bounds)
+    integers = _chosen(f"$type($one) = 'object' ? {whole} : false", bounds)
     return (
-        f"$request.tuning.strategy = 'Grid' ? {{'CategoricalParameterRanges': [{{'Name': 'learning_rate', 'Values': {grid}}}, "
-        f"{categories}]}} : {{'ContinuousParameterRanges': [{jsonata(continuous)}], "
-        f"'CategoricalParameterRanges': [{categories}]}}"
+        "($given := $request.tuning.ranges; $names := $append([], $keys($given)); $request.tuning.strategy = 'Grid' ? "
+        f"{{'CategoricalParameterRanges': $append([{{'Name': 'learning_rate', 'Values': {grid}}}, {jsonata(sizes)}], {lists})}} : "
+        f"{{'ContinuousParameterRanges': $append([{jsonata(continuous)}], {real}), 'IntegerParameterRanges': {integers}, "
+        f"'CategoricalParameterRanges': $append([{jsonata(sizes)}], {lists})}})"
     )
+
+
+def _chosen(condition: str, form: Json) -> str:
+    """JSONata: the further ranges ``$one`` called ``$name`` for which ``condition`` holds, each in AWS's ``form``."""
+    one = "($one := $lookup($given, $name); "
+    chosen = f"$filter($names, function($name) {{ {one}{condition}) }})"
+    return f"$append([], $map({chosen}, function($name) {{ {one}{jsonata(form)}) }}))"
+
+
+def _texts(values: str) -> str:
+    """JSONata: a list's values as the strings that SageMaker wants."""
+    return f"$append([], $map({values}, function($value) {{ $string($value) }}))"
 
 
 def training(config: StageConfig) -> Json:
@@ -304,8 +361,8 @@ def training(config: StageConfig) -> Json:
             "TrainingInputMode": "File",
             "MetricDefinitions": METRICS,
         },
-        "HyperParameters": ask(f"$merge([$static, $best, {jsonata(_toolkit('train_model.py'))}])"),
-        "CheckpointConfig": {"S3Uri": ask(run_uri("checkpoints")), "LocalPath": "/opt/ml/checkpoints"},
+        "HyperParameters": ask(f"$merge([$static, $best, {jsonata(_toolkit('train_model.py', config.training))}])"),
+        "CheckpointConfig": _checkpoints("training"),
         "Tags": tags(config),
     }
     request["Environment"] = {**request["Environment"], "RUN_OUTPUT_URI": ask("'s3://${DataBucket}/runs/' & $run")}
@@ -344,17 +401,24 @@ def _training_job(config: StageConfig, machine: Jobs, folder: str) -> Json:
         },
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": machine.spot,
+        # Gradients travel between the machines of a training.
+        "EnableInterContainerTrafficEncryption": machine.instance_count > 1,
         "Environment": {**JOB_ENVIRONMENT, "LOG_LEVEL": config.log_level},
     }
 
 
+def _checkpoints(folder: str) -> Json:
+    """CheckpointConfig; trials and final training apart, because all of a folder comes back when a job starts again."""
+    return {"S3Uri": ask(run_uri(f"checkpoints/{folder}")), "LocalPath": "/opt/ml/checkpoints"}
+
+
 def _channels() -> str:
-    """JSONata source of InputDataConfig: features only for recipe head, weights only when they come from S3."""
+    """JSONata source of InputDataConfig: features only for recipes that use them, weights only when they come from S3."""
     dataset = _channel("dataset", Raw("$dataset.dataset_uri"))
     features = _channel("features", Raw(run_uri("features/")))
     weights = _channel("pretrained", Raw("$pretrained_uri"))
     return (
-        f"$append($append([{jsonata(dataset)}], $request.recipe = 'head' ? [{jsonata(features)}] : []), "
+        f"$append($append([{jsonata(dataset)}], $request.recipe in {json.dumps(FEATURE_RECIPES)} ? [{jsonata(features)}] : []), "
         f"$pretrained = 'channel' ? [{jsonata(weights)}] : [])"
     )
 
@@ -370,9 +434,10 @@ def _channel(name: str, uri: str) -> Json:
     }
 
 
-def _toolkit(script: str) -> dict[str, str]:
-    """What tells the training toolkit which script of which archive to run."""
-    return {"sagemaker_program": script, "sagemaker_submit_directory": "${CodeUri}"}
+def _toolkit(script: str, machine: Jobs) -> dict[str, str]:
+    """What tells the training toolkit which script of which archive to run, and whether under torchrun: values are JSON."""
+    program = {"sagemaker_program": script, "sagemaker_submit_directory": "${CodeUri}"}
+    return program | ({"sagemaker_torch_distributed_enabled": "true"} if machine.distributed else {})
 
 
 # --- serving ---------------------------------------------------------------------------------------------------------------

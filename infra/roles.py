@@ -164,6 +164,12 @@ def grant_orchestration(role: iam.Role, *, config: StageConfig, bucket: s3.IBuck
             [f"sagemaker:Create{call}", f"sagemaker:Describe{call}", f"sagemaker:Stop{call}"],
             sagemaker_arns(prefix, [kind]),
         )
+    # Why a search failed stands with its trials.
+    allow(
+        role,
+        ["sagemaker:ListTrainingJobsForHyperParameterTuningJob"],
+        sagemaker_arns(prefix, ["hyper-parameter-tuning-job"]),
+    )
     _grant_serving_changes(role, prefix)
     taggable = [*sagemaker_arns(prefix, [*jobs, "model", "endpoint-config"]), sagemaker_arn(f"endpoint/{prefix}")]
     allow(role, ["sagemaker:AddTags", "sagemaker:ListTags"], taggable)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 
 from infra.config import ConfigError, load, merged
+from infra.machines import GPUS
 
 CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
 
@@ -65,6 +68,33 @@ def test_override_changes_single_values():
         ({"override": '{"input": {"tuning": {"learning_rate": [0.1, 0.01]}}}'}, "learning_rate is [0.1, 0.01]"),
         ({"override": '{"input": {"tuning": {"max_jobs": 400}}}'}, "expected at most max_trials = 100"),
         ({"override": '{"input": {"pretrained": "none"}}'}, "recipe is head with pretrained none"),
+        ({"override": '{"input": {"recipe": "lp-ft", "pretrained": "none"}}'}, "recipe is lp-ft with pretrained none"),
+        (
+            {"override": '{"input": {"tuning": {"ranges": {"epochs": {"min": 2, "max": 1}}}}}'},
+            "min is 2 and max 1; expected min < max",
+        ),
+        ({"override": '{"input": {"tuning": {"ranges": {"epochs": {"max": 1}}}}}'}, "ranges.epochs.range.min is missing"),
+        ({"override": '{"input": {"tuning": {"ranges": {"epochs": {"low": 1}}}}}'}, "expected one of integer, max, min, scale"),
+        (
+            {"override": '{"input": {"tuning": {"ranges": {"epochs": {"min": 0, "max": 1, "scale": "Logarithmic"}}}}}'},
+            "min is 0 with scale Logarithmic; expected more than 0",
+        ),
+        (
+            {"override": '{"input": {"tuning": {"ranges": {"momentum": {"min": 0, "max": 1, "scale": "ReverseLogarithmic"}}}}}'},
+            "scale is ReverseLogarithmic; expected numbers from 0 to below 1",
+        ),
+        (
+            {"override": '{"input": {"tuning": {"ranges": {"epochs": {"min": 1, "max": 2.5, "integer": true}}}}}'},
+            "expected whole numbers",
+        ),
+        ({"override": '{"input": {"tuning": {"ranges": {"epochs": []}}}}'}, "ranges.epochs.list is []"),
+        ({"override": '{"input": {"tuning": {"warm_start": ["not a name"]}}}'}, "warm_start.0 is 'not a name'"),
+        ({"override": '{"processing": {"instance_count": 2}}'}, "processing.instance_count is 2; expected 1: only PrepareData"),
+        ({"override": '{"prepare_instances": 21}'}, "prepare_instances is 21"),
+        ({"override": '{"training": {"instance_count": 17}}'}, "training.instance_count is 17"),
+        ({"override": '{"training": {"instance_count": 2}}'}, "training.instance_count is 2 with recipe head; expected 1"),
+        ({"override": '{"tuning_jobs": {"instance_count": 2}}'}, "tuning_jobs.instance_count is 2 with recipe head; expected 1"),
+        ({"override": '{"training": {"instance_type": "ml.g99.large"}}'}, "instance_type is 'ml.g99.large'; expected a machine"),
         ({"api_url": "http://localhost"}, "expected a template with {api}"),
         ({"stages": None}, "context.stages is missing"),
         ({"stages": {"dev": {"extends": "dev"}}}, "extend each other"),
@@ -77,6 +107,37 @@ def test_mistakes_are_refused_with_advice(values: dict[str, Any], message: str):
         load(Node(**values))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("machine", "distributed"),
+    [
+        ({"instance_type": "ml.m5.24xlarge"}, False),
+        ({"instance_type": "ml.g5.xlarge"}, False),
+        ({"instance_type": "ml.g5.12xlarge"}, True),
+        ({"instance_type": "ml.m5.xlarge", "instance_count": 2}, True),
+    ],
+)
+def test_a_training_is_distributed_on_several_gpus_or_machines(machine: dict[str, Any], distributed: bool):
+    config = load(Node(stage="prod", override=json.dumps({"training": machine})))
+    assert config.training.distributed is distributed
+
+
+def test_gpu_counts_are_those_of_the_sdk():
+    """The SDK's table, read as a file because importing the SDK is slow; it misspells one type and lacks the newest ones."""
+    spec = importlib.util.find_spec("sagemaker")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    table = Path(spec.submodule_search_locations[0]) / "core" / "image_uri_config" / "instance_gpu_info.json"
+    known = {name: entry["Count"] for name, entry in json.loads(table.read_text())["us-east-1"].items() if name in GPUS}
+    assert len(known) >= 20
+    assert {name: GPUS[name] for name in known} == known
+
+
+def test_every_gpu_type_that_sagemaker_trains_on_is_in_the_table():
+    model = botocore.session.get_session().get_service_model("sagemaker")
+    offered = {name for name in model.shape_for("TrainingInstanceType").enum if name.startswith(("ml.g", "ml.p"))}
+    assert {name for name in offered - set(GPUS) if not name.startswith("ml.g7.")} == set()
 
 
 def test_merging_replaces_lists_and_scalars_and_joins_objects():

@@ -169,6 +169,7 @@ class Account:
 
     def on_read_prepared(self, request: dict[str, Any]) -> Any:
         result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_classes": 10}
+        result["num_pictures"] = {"train": 1000, "valid": 100, "test": 100}
         return {"Body": json.dumps(result)}
 
     def on_read_evaluation(self, request: dict[str, Any]) -> Any:
@@ -259,6 +260,30 @@ def test_features_are_skipped_unless_the_backbone_is_frozen():
     assert channels == ["dataset"]
 
 
+@pytest.mark.parametrize(("recipe", "cached"), [("head", True), ("lp-ft", True), ("finetune", False), ("scratch", False)])
+def test_recipes_that_train_a_linear_layer_first_get_the_cached_features(recipe: str, cached: bool):
+    machine, last, _ = walk({"recipe": recipe})
+    assert last == "Done"
+    assert ("CacheFeatures" in machine.visited) is cached
+    for request in (machine.requests["Tune"]["TrainingJobDefinition"], machine.requests["Train"]):
+        names = [channel["ChannelName"] for channel in request["InputDataConfig"]]
+        assert names == (["dataset", "features"] if cached else ["dataset"])
+
+
+def test_features_are_cached_as_the_training_would_see_the_pictures():
+    def flags(**given: Any) -> dict[str, str]:
+        machine, last, _ = walk(given)
+        assert last == "Done"
+        words = machine.requests["CacheFeatures"]["AppSpecification"]["ContainerArguments"]
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    defaults = {"--feature_views": "1", "--horizontal_flip": "true", "--random_resized_crop_min_scale": "0.35", "--seed": "0"}
+    assert defaults.items() <= flags().items()
+    changed = flags(hyperparameters={"horizontal_flip": False, "random_resized_crop_min_scale": 0.5, "seed": 3, "resize_size": 256})
+    expected = {"--horizontal_flip": "false", "--random_resized_crop_min_scale": "0.5", "--seed": "3", "--resize_size": "256"}
+    assert expected.items() <= changed.items()
+
+
 def test_weights_from_the_bucket_become_a_channel():
     machine, last, _ = walk({"pretrained": "pretrained/mobilenet_v2.pth"})
     assert last == "Done"
@@ -291,6 +316,147 @@ def test_tuning_asks_for_the_promised_ranges():
     rate = search["ParameterRanges"]["ContinuousParameterRanges"][0]
     assert (rate["MinValue"], rate["MaxValue"], rate["ScalingType"]) == ("0.01", "0.1", "Logarithmic")
     assert search["ParameterRanges"]["CategoricalParameterRanges"] == [{"Name": "batch_size", "Values": ["64", "128", "256"]}]
+
+
+RANGES = {
+    "weight_decay": {"min": 0.00001, "max": 0.01, "scale": "Logarithmic"},
+    "epochs": {"min": 5, "max": 20, "integer": True},
+    "optimizer": ["sgd", "adamw"],
+    "label_smoothing": {"min": 0, "max": 0.2},
+}
+
+
+def test_further_ranges_are_searched_in_sagemakers_form():
+    machine, last, _ = walk({"tuning": {"ranges": RANGES}, "hyperparameters": {"epochs": 7, "momentum": 0.8}})
+    assert last == "Done"
+    request = machine.requests["Tune"]
+    assert _problems("CreateHyperParameterTuningJob", request) == []
+    ranges = request["HyperParameterTuningJobConfig"]["ParameterRanges"]
+    assert ranges["ContinuousParameterRanges"][1:] == [
+        {"Name": "weight_decay", "MinValue": "0.00001", "MaxValue": "0.01", "ScalingType": "Logarithmic"},
+        {"Name": "label_smoothing", "MinValue": "0", "MaxValue": "0.2", "ScalingType": "Auto"},
+    ]
+    assert ranges["IntegerParameterRanges"] == [{"Name": "epochs", "MinValue": "5", "MaxValue": "20", "ScalingType": "Auto"}]
+    assert ranges["CategoricalParameterRanges"][1:] == [{"Name": "optimizer", "Values": ["sgd", "adamw"]}]
+    static = request["TrainingJobDefinition"]["StaticHyperParameters"]
+    assert static["momentum"] == "0.8"
+    assert not set(RANGES) & set(static), "SageMaker refuses a hyperparameter that is both static and searched"
+
+
+def test_defaults_of_the_stage_may_hold_ranges():
+    machine, last, _ = walk({}, input={"tuning": {"ranges": RANGES}})
+    assert last == "Done"
+    ranges = machine.requests["Tune"]["HyperParameterTuningJobConfig"]["ParameterRanges"]
+    assert ranges["IntegerParameterRanges"] == [{"Name": "epochs", "MinValue": "5", "MaxValue": "20", "ScalingType": "Auto"}]
+    machine, _, _ = walk({"tuning": {"ranges": {}}}, input={"tuning": {"ranges": RANGES}})
+    ranges = machine.requests["Tune"]["HyperParameterTuningJobConfig"]["ParameterRanges"]
+    assert ranges["IntegerParameterRanges"] == []
+
+
+def test_what_the_search_found_reaches_the_training():
+    found = {"learning_rate": "0.02", "batch_size": "64", "epochs": "12", "optimizer": "adamw"}
+    tuned = {"HyperParameterTuningJobName": "x", "BestTrainingJob": {"TunedHyperParameters": found}}
+    given = {"tuning": {"ranges": RANGES}, "hyperparameters": {"epochs": 7}}
+    machine, last, output = walk(given, account=Account(Tune=tuned))
+    assert last == "Done"
+    assert found.items() <= machine.requests["Train"]["HyperParameters"].items()
+    assert output["best_hyperparameters"] == found
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs"),
+    [
+        ({}, 30),
+        ({"recipe": "scratch"}, 8),
+        ({"hyperparameters": {"epochs": 7}}, 7),
+        ({"hyperparameters": {"epochs": "7"}}, 7),
+        ({"tuning": {"ranges": {"epochs": {"min": 5, "max": 20, "integer": True}}}}, 20),
+        ({"tuning": {"ranges": {"epochs": [3, "12", 9]}}}, 12),
+    ],
+)
+def test_hyperband_shares_out_as_many_epochs_as_a_trial_may_train(given: dict[str, Any], epochs: int):
+    given = given | {"tuning": {**given.get("tuning", {}), "strategy": "Hyperband"}}
+    machine, last, _ = walk(given)
+    assert last == "Done"
+    chosen = machine.requests["Tune"]["HyperParameterTuningJobConfig"]["StrategyConfig"]
+    assert chosen == {"HyperbandStrategyConfig": {"MinResource": 1, "MaxResource": epochs}}
+
+
+def test_a_number_of_epochs_that_is_none_is_left_to_the_trials():
+    """They refuse it with a sentence; an expression that fails would hide it."""
+    machine, last, _ = walk({"hyperparameters": {"epochs": "many"}})
+    assert last == "Done"
+    assert machine.requests["Train"]["HyperParameters"]["epochs"] == "many"
+
+
+def test_a_grid_takes_lists_and_no_more_trials_at_once_than_it_has():
+    given = {"tuning": {"strategy": "Grid", "batch_size": [64], "max_parallel_jobs": 50, "ranges": {"optimizer": ["sgd", "adamw"]}}}
+    machine, last, _ = walk(given)
+    assert last == "Done"
+    search = machine.requests["Tune"]["HyperParameterTuningJobConfig"]
+    assert search["ResourceLimits"] == {"MaxParallelTrainingJobs": 8}
+    assert set(search["ParameterRanges"]) == {"CategoricalParameterRanges"}
+    assert search["ParameterRanges"]["CategoricalParameterRanges"][-1] == {"Name": "optimizer", "Values": ["sgd", "adamw"]}
+
+
+def test_a_warm_start_names_its_parents():
+    machine, last, _ = walk({"tuning": {"warm_start": ["dogs-dev-1", "dogs-dev-2"]}})
+    assert last == "Done"
+    assert machine.requests["Tune"]["WarmStartConfig"] == {
+        "ParentHyperParameterTuningJobs": [
+            {"HyperParameterTuningJobName": "dogs-dev-1"},
+            {"HyperParameterTuningJobName": "dogs-dev-2"},
+        ],
+        "WarmStartType": "TransferLearning",
+    }
+    machine, _, _ = walk({"tuning": {"warm_start": ["dogs-dev-1"], "warm_start_type": "IdenticalDataAndAlgorithm"}})
+    request = machine.requests["Tune"]
+    assert request["WarmStartConfig"]["WarmStartType"] == "IdenticalDataAndAlgorithm"
+    assert len(request["WarmStartConfig"]["ParentHyperParameterTuningJobs"]) == 1
+    assert _problems("CreateHyperParameterTuningJob", request) == []
+    assert "WarmStartConfig" not in walk({})[0].requests["Tune"]
+
+
+@pytest.mark.parametrize(("overall", "chosen"), [(("learning_rate", "batch_size"), "0.09"), (("learning_rate",), "0.02")])
+def test_an_earlier_trial_that_is_better_wins_when_it_tells_all_values(overall: tuple[str, ...], chosen: str):
+    values = {"learning_rate": "0.09", "batch_size": "256"}
+    tuned = {
+        "HyperParameterTuningJobName": "x",
+        "BestTrainingJob": {"TunedHyperParameters": {"learning_rate": "0.02", "batch_size": "64"}},
+        "OverallBestTrainingJob": {"TunedHyperParameters": {name: values[name] for name in overall}},
+    }
+    machine, last, _ = walk({}, account=Account(Tune=tuned))
+    assert last == "Done"
+    assert machine.requests["Train"]["HyperParameters"]["learning_rate"] == chosen
+
+
+# --- batches and data --------------------------------------------------------------------------------------------------------
+
+
+def prepared(train: int) -> dict[str, Any]:
+    result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_pictures": {"train": train}}
+    return {"Body": json.dumps(result)}
+
+
+@pytest.mark.parametrize("strategy", ["Bayesian", "Grid"])
+@pytest.mark.parametrize(("pictures", "sizes"), [(100, ["64"]), (128, ["64", "128"]), (5000, ["64", "128", "256"])])
+def test_batches_larger_than_the_data_set_are_not_tried(strategy: str, pictures: int, sizes: list[str]):
+    machine, last, _ = walk({"tuning": {"strategy": strategy}}, account=Account(ReadPrepared=prepared(pictures)))
+    assert last == "Done"
+    ranges = machine.requests["Tune"]["HyperParameterTuningJobConfig"]["ParameterRanges"]
+    (batches,) = [item for item in ranges["CategoricalParameterRanges"] if item["Name"] == "batch_size"]
+    assert batches["Values"] == sizes
+
+
+@pytest.mark.parametrize("recipe", ["head", "scratch"])
+def test_a_data_set_that_fills_no_batch_ends_the_run_before_anything_is_trained(recipe: str):
+    given = {"recipe": recipe, "tuning": {"batch_size": [512, 64]}}
+    machine, last, output = walk(given, account=Account(ReadPrepared=prepared(40)))
+    assert last == "Failed"
+    assert output["Error"] == "CheckBatchSizeFailed"
+    assert "tuning.batch_size is [512,64]; expected at least one value of at most 40" in output["Cause"]
+    assert "smaller values in tuning.batch_size" in output["Cause"]
+    assert not {"CacheFeatures", "Tune"} & set(machine.visited)
 
 
 def test_never_more_trials_at_once_than_in_all():
@@ -430,6 +596,62 @@ def test_managed_debugger_adds_awss_fields():
     assert _problems("CreateTrainingJob", machine.requests["Train"]) == []
 
 
+@pytest.mark.parametrize(
+    ("stage", "tuning_jobs", "training"),
+    [
+        ("dev", {}, {}),
+        ("prod", {}, {"instance_type": "ml.g5.12xlarge"}),
+        ("prod", {"instance_type": "ml.g5.12xlarge"}, {"instance_count": 2}),
+        ("prod", {"instance_count": 3}, {"instance_type": "ml.p4d.24xlarge", "instance_count": 16}),
+    ],
+)
+def test_torchrun_is_asked_for_where_there_is_more_than_one_process(
+    stage: str, tuning_jobs: dict[str, Any], training: dict[str, Any]
+):
+    machine, last, _ = walk({}, stage=stage, tuning_jobs=tuning_jobs, training=training)
+    assert last == "Done"
+    trial = machine.requests["Tune"]["TrainingJobDefinition"]
+    for request, values, given in (
+        (trial, trial["StaticHyperParameters"], tuning_jobs),
+        (machine.requests["Train"], machine.requests["Train"]["HyperParameters"], training),
+    ):
+        assert values.get("sagemaker_torch_distributed_enabled") == ("true" if given else None)
+        count = given.get("instance_count", 1)
+        assert request["ResourceConfig"]["InstanceCount"] == count
+        assert request["EnableInterContainerTrafficEncryption"] is (count > 1)
+    assert _problems("CreateHyperParameterTuningJob", machine.requests["Tune"]) == []
+    assert _problems("CreateTrainingJob", machine.requests["Train"]) == []
+
+
+def test_the_toolkit_reads_the_switch_as_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its hyperparameters are JSON: a text in quotes would reach it as a string."""
+    from sagemaker_training import environment
+
+    given = requests._toolkit("train_model.py", config("prod", training={"instance_count": 2}).training)
+    (tmp_path / "hyperparameters.json").write_text(json.dumps(given))
+    monkeypatch.setattr(environment, "hyperparameters_file_dir", str(tmp_path / "hyperparameters.json"))
+    assert environment.read_hyperparameters()["sagemaker_torch_distributed_enabled"] is True
+
+
+def test_pictures_are_prepared_by_as_many_machines_as_the_stage_says():
+    machine, last, _ = walk({}, prepare_instances=4)
+    assert last == "Done"
+    counts = {
+        name: machine.requests[name]["ProcessingResources"]["ClusterConfig"]["InstanceCount"]
+        for name in ("PrepareData", "CacheFeatures", "Evaluate", "Report")
+    }
+    assert counts == {"PrepareData": 4, "CacheFeatures": 1, "Evaluate": 1, "Report": 1}
+
+
+def test_interrupted_trials_and_trainings_find_their_checkpoints_apart():
+    machine, _, _ = walk({}, stage="prod")
+    trial, final = machine.requests["Tune"]["TrainingJobDefinition"], machine.requests["Train"]
+    assert trial["EnableManagedSpotTraining"] is True
+    assert trial["CheckpointConfig"]["S3Uri"] == f"s3://{BUCKET}/runs/run-1/checkpoints/tuning"
+    assert final["CheckpointConfig"]["S3Uri"] == f"s3://{BUCKET}/runs/run-1/checkpoints/training"
+    assert "CheckpointConfig" not in walk({})[0].requests["Tune"]["TrainingJobDefinition"]
+
+
 def test_spot_waits_longer_than_it_runs():
     machine, _, _ = walk({}, stage="prod")
     request = machine.requests["Train"]
@@ -447,7 +669,7 @@ def test_spot_waits_longer_than_it_runs():
         ({"tuning": {"max_job": 3}}, "tuning.max_job is unknown"),
         ({"quality_gate": {"top1": 1}}, "quality_gate.top1 is unknown"),
         ({"action": "fly"}, "action is fly; expected one of train, deploy."),
-        ({"recipe": "soup"}, "recipe is soup; expected one of head, finetune, scratch."),
+        ({"recipe": "soup"}, "recipe is soup; expected one of head, finetune, lp-ft, scratch."),
         ({"image_size": 7}, "image_size is 7; expected an integer from 16 to 1024."),
         ({"image_size": "224"}, "image_size is 224; expected an integer"),
         ({"image_size": 32.5}, "image_size is 32.5;"),
@@ -472,6 +694,41 @@ def test_spot_waits_longer_than_it_runs():
         ({"tuning": {"learning_rate": 0.1}}, "tuning.learning_rate is 0.1;"),
         ({"tuning": {"batch_size": [0]}}, "tuning.batch_size is"),
         ({"tuning": {"batch_size": []}}, "tuning.batch_size is"),
+        ({"tuning": {"ranges": 3}}, "tuning.ranges is 3; expected an object with at most 20 names"),
+        ({"tuning": {"ranges": {"colour": [1]}}}, "tuning.ranges.colour is [1]; expected a name among"),
+        ({"tuning": {"ranges": {"learning_rate": [1]}}}, "tuning.ranges.learning_rate is [1]; expected a name among"),
+        ({"tuning": {"ranges": {"recipe": ["head"]}}}, "tuning.ranges.recipe is"),
+        ({"tuning": {"ranges": {"seed": [1, 2]}}}, "tuning.ranges.seed is [1,2]; expected no range: the recipe's features"),
+        ({"tuning": {"ranges": {"epochs": []}}}, "tuning.ranges.epochs is []; expected a list of 1 to 30 values"),
+        ({"tuning": {"ranges": {"epochs": [[1]]}}}, "tuning.ranges.epochs is [[1]];"),
+        ({"tuning": {"ranges": {"epochs": list(range(31))}}}, "tuning.ranges.epochs is [0,1,"),
+        ({"tuning": {"ranges": {"epochs": 5}}}, "tuning.ranges.epochs is 5;"),
+        ({"tuning": {"ranges": {"epochs": {"min": 5}}}}, 'tuning.ranges.epochs is {"min":5};'),
+        ({"tuning": {"ranges": {"epochs": {"min": 5, "max": 5}}}}, "tuning.ranges.epochs is"),
+        ({"tuning": {"ranges": {"epochs": {"min": 5, "max": 6, "step": 1}}}}, "tuning.ranges.epochs is"),
+        ({"tuning": {"ranges": {"epochs": {"min": 5, "max": 6.5, "integer": True}}}}, "tuning.ranges.epochs is"),
+        ({"tuning": {"ranges": {"epochs": {"min": 5, "max": 6, "integer": "yes"}}}}, "tuning.ranges.epochs is"),
+        ({"tuning": {"ranges": {"weight_decay": {"min": 0, "max": 1, "scale": "Logarithmic"}}}}, "Logarithmic needs min > 0"),
+        ({"tuning": {"ranges": {"momentum": {"min": 0, "max": 1, "scale": "ReverseLogarithmic"}}}}, "tuning.ranges.momentum is"),
+        ({"tuning": {"ranges": {"momentum": {"min": 0, "max": 1, "scale": "Cubic"}}}}, "tuning.ranges.momentum is"),
+        (
+            {"tuning": {"strategy": "Grid", "ranges": {"epochs": {"min": 5, "max": 6}}}},
+            "tuning.strategy is Grid; expected Bayesian, Random or Hyperband, or only lists of values in tuning.ranges.",
+        ),
+        (
+            {"tuning": {"strategy": "Grid", "ranges": {"epochs": list(range(1, 21))}}},
+            "The number of trials of the grid is 240; expected at most 100;",
+        ),
+        ({"tuning": {"warm_start": "dogs-dev-1"}}, "tuning.warm_start is dogs-dev-1; expected a list of at most 5 names"),
+        ({"tuning": {"warm_start": ["a", "b", "c", "d", "e", "f"]}}, "tuning.warm_start is"),
+        ({"tuning": {"warm_start": ["not a name"]}}, "tuning.warm_start is"),
+        ({"tuning": {"warm_start": [5]}}, "tuning.warm_start is [5];"),
+        ({"tuning": {"warm_start_type": "Warm"}}, "expected one of TransferLearning, IdenticalDataAndAlgorithm."),
+        (
+            {"tuning": {"warm_start": ["dogs-dev-1"], "strategy": "Grid", "batch_size": [64]}},
+            "tuning.strategy is Grid; expected Bayesian or Random, because tuning.warm_start names earlier jobs",
+        ),
+        ({"recipe": "lp-ft", "pretrained": "none"}, "pretrained is none; expected weights, because the recipe"),
         ({"quality_gate": {"min_top1": 97}}, "quality_gate.min_top1 is 97; expected a number from 0 to 1."),
         ({"action": "deploy"}, "model_package is ; expected the ARN of a version in the model package group dogs-dev"),
         ([1], "The input is [1]; expected a JSON object"),
@@ -485,6 +742,10 @@ def test_bad_input_is_refused_with_its_name(given: Any, named: str):
     assert output["Error"] == "InvalidInput"
     assert named in output["Cause"]
     assert "PrepareData" not in machine.visited
+
+
+def test_what_no_cached_feature_depends_on_may_be_searched_by_other_recipes():
+    assert walk({"recipe": "finetune", "tuning": {"ranges": {"seed": [1, 2]}}})[1] == "Done"
 
 
 def test_all_bad_fields_are_named_at_once():
@@ -560,6 +821,71 @@ def test_a_search_without_any_result_is_a_failure_with_a_sentence():
     _, last, output = walk({}, account=Account(Tune=found))
     assert last == "Failed"
     assert "No trial completed with an objective" in output["Cause"]
+
+
+FAILED_SEARCH = json.dumps(
+    {
+        "HyperParameterTuningJobName": "dogs-dev-0123",
+        "HyperParameterTuningJobStatus": "Failed",
+        "FailureReason": "No training job succeeded after 5 attempts. For additional details, please take a look at …",
+    }
+)
+
+
+def trials(*reasons: str) -> dict[str, Any]:
+    """What ListTrainingJobsForHyperParameterTuningJob answers."""
+    names = [f"dogs-dev-0123-{number:03d}" for number, _ in enumerate(reasons, 1)]
+    return {
+        "TrainingJobSummaries": [{"TrainingJobName": name, "FailureReason": why} for name, why in zip(names, reasons, strict=True)]
+    }
+
+
+def test_a_search_that_failed_is_explained_by_its_first_failed_trial():
+    account = Account(
+        Tune=TaskError("States.TaskFailed", FAILED_SEARCH),
+        ReadTrialFailure=trials('AlgorithmError: learning_rate=-1 is outside "1e-06 to 10", exit code: 1'),
+    )
+    machine, last, output = walk({}, account=account)
+    assert last == "Failed"
+    assert output["Error"] == "TuneFailed"
+    expected = 'Trial dogs-dev-0123-001: AlgorithmError: learning_rate=-1 is outside "1e-06 to 10", exit code: 1. '
+    assert expected in output["Cause"]
+    assert "No training job succeeded" not in output["Cause"]
+    request = machine.requests["ReadTrialFailure"]
+    assert request["HyperParameterTuningJobName"] == "dogs-dev-0123"
+    assert request["StatusEquals"] == "Failed"
+    assert _problems("ListTrainingJobsForHyperParameterTuningJob", request) == []
+    assert "CleanUp" in machine.visited
+
+
+@pytest.mark.parametrize("answer", [trials(), TaskError("SageMaker.SageMakerException", "Throttled")])
+def test_without_a_trials_reason_the_searchs_own_one_stays(answer: Any):
+    account = Account(Tune=TaskError("States.TaskFailed", FAILED_SEARCH), ReadTrialFailure=answer)
+    _, last, output = walk({}, account=account)
+    assert last == "Failed"
+    assert "(States.TaskFailed): No training job succeeded after 5 attempts." in output["Cause"]
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "2 validation errors detected: …",
+        "{not JSON}"[:-1],
+        json.dumps({"HyperParameterTuningJobName": "x", "HyperParameterTuningJobStatus": "Stopped"}),
+    ],
+)
+def test_trials_are_not_asked_for_when_the_search_itself_is_the_problem(cause: str):
+    machine, last, _ = walk({}, account=Account(Tune=TaskError("States.TaskFailed", cause)))
+    assert last == "Failed"
+    assert "ReadTrialFailure" not in machine.visited
+
+
+def test_trials_without_capacity_are_waited_out():
+    scarce = trials("CapacityError: Unable to provision requested ML compute capacity.")
+    account = Account(Tune=[TaskError("States.TaskFailed", FAILED_SEARCH)], ReadTrialFailure=scarce)
+    machine, last, _ = walk({}, account=account)
+    assert last == "Done"
+    assert machine.visited.count("Tune") == 2
 
 
 def test_an_endpoint_in_motion_is_waited_for():
