@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from classifier.config import parse_dataclass
-from classifier.errors import run_entry_point
-from classifier.preparation import PrepareFlags, prepare
-
 
 def main(argv: list[str]) -> None:
     """Prepare the data set that the flags name."""
+    # Worker processes import this file before they start; they need none of this.
+    from classifier.config import parse_dataclass
+    from classifier.preparation import PrepareFlags, prepare
+
     prepare(parse_dataclass(PrepareFlags, argv))
 
 
 if __name__ == "__main__":
+    from classifier.errors import run_entry_point
+
     run_entry_point(main)

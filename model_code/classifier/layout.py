@@ -1,11 +1,13 @@
-"""From file names to splits and classes."""
+"""From file names to splits and classes, one name at a time: a source may hold millions.
+
+A ``Survey`` sees every name once and ends in a ``Scheme``, which then places each name without knowing the others.
+"""
 
 from __future__ import annotations
 
-import random
+import hashlib
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from classifier.errors import DataError
@@ -20,7 +22,7 @@ _SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-_SEEDED_SHARES = {"valid": 0.15, "test": 0.15}
+DRAWN_SHARES = {"valid": 0.15, "test": 0.15}
 _PREFIX = re.compile(r"^(?:n\d{8}[-_]|\d{1,5}\.\s*)(?=\S)")
 
 
@@ -47,84 +49,94 @@ def readable_labels(folders: Sequence[str]) -> list[str]:
     return labels if len(set(labels)) == len(labels) else list(folders)
 
 
-def _split_depth(names: Iterable[tuple[str, ...]]) -> int | None:
-    """How many top folders stand before the split folders; None when there are no split folders."""
-    names = list(names)
-    for depth in range(3):
-        if depth and len({parts[:depth] for parts in names}) > 1:
-            return None  # more than one top folder: these are classes
-        if any(len(parts) >= depth + 3 and parts[depth].lower() in _SPLIT_NAMES for parts in names):
-            return depth
-    return None
+def _split_of(part: str) -> str | None:
+    return _SPLIT_NAMES.get(part.lower())
 
 
-def place(names: Sequence[str], seed: int) -> tuple[dict[str, Place], str, list[str]]:
-    """Give every visible file a split and a class.
+@dataclass(frozen=True)
+class Scheme:
+    """How folders are to be read: ``depth`` folders that all names share, then splits (or not), then classes."""
 
-    Returns ``(places by name, "given"|"seeded", notes)``. Files outside class folders get no place. Missing splits are
-    drawn from train, stratified by class, with ``seed``. Raises DataError when there is nothing to train on.
-    """
-    parts = {name: tuple(name.split("/")) for name in names if not is_hidden(name)}
-    if not parts:
-        raise DataError("the source holds no files: give class folders with pictures in them, such as train/<class>/<picture>.jpg")
-    depth = _split_depth(parts.values())
-    if depth is not None:
-        places = {
-            name: Place(_SPLIT_NAMES[p[depth].lower()], p[depth + 1])
-            for name, p in parts.items()
-            if len(p) >= depth + 3 and p[depth].lower() in _SPLIT_NAMES
-        }
-    else:
-        places = _places_without_splits(parts)
-    _need_classes(places)
-    missing = [split for split in SPLITS if not any(found.split == split for found in places.values())]
-    if "train" in missing:
-        raise DataError("there are split folders but none called train: add train/<class>/<picture>")
-    if not missing:
-        return places, "given", []
-    shares = {split: _SEEDED_SHARES[split] for split in missing}
-    note = f"no {' and no '.join(missing)} folder: drawn from train, stratified by class, seed {seed}"
-    return _draw(places, shares, seed), "seeded", [note]
+    depth: int
+    splits: bool
+
+    def place(self, name: str) -> Place | None:
+        """The name's split and class; None for a file outside the class folders. A name that ends in ``/`` is a folder."""
+        parts = name.split("/")
+        if self.splits:
+            split = _split_of(parts[self.depth]) if len(parts) >= self.depth + 3 else None
+            return Place(split, parts[self.depth + 1]) if split else None
+        return Place("train", parts[self.depth]) if len(parts) >= self.depth + 2 else None
 
 
-def _places_without_splits(parts: dict[str, tuple[str, ...]]) -> dict[str, Place]:
-    """Class folders right at the top, or below folders that all files share."""
-    depth = 0
-    while len({p[: depth + 1] for p in parts.values()}) == 1 and all(len(p) >= depth + 3 for p in parts.values()):
-        depth += 1
-    return {name: Place("train", p[depth]) for name, p in parts.items() if len(p) >= depth + 2}
+class Survey:
+    """Sees every name once and keeps a few numbers."""
+
+    _DEEPEST = 2
+    """Split folders are looked for under at most this many common folders."""
+
+    def __init__(self) -> None:
+        self._common: list[str] | None = None
+        self._shortest = 0
+        self._split_at: set[int] = set()
+
+    def add(self, name: str) -> None:
+        """Take note of one name that is not hidden. A folder without files (a name ending in ``/``) may be a class too."""
+        parts = name.split("/")
+        if self._common is None:
+            self._common, self._shortest = parts, len(parts)
+        same = 0
+        for ours, theirs in zip(self._common, parts, strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        self._common, self._shortest = self._common[:same], min(self._shortest, len(parts))
+        for depth in range(min(self._DEEPEST, len(parts) - 3) + 1):
+            if _split_of(parts[depth]):
+                self._split_at.add(depth)
+
+    def scheme(self) -> Scheme:
+        """Raises DataError when no name was seen."""
+        if self._common is None:
+            raise DataError(
+                "the source holds no files: give class folders with pictures in them, such as train/<class>/<picture>.jpg"
+            )
+        # More than one folder at a level means that these are classes, so no split folders follow.
+        depths = [depth for depth in sorted(self._split_at) if depth <= len(self._common)]
+        if depths:
+            return Scheme(depths[0], True)
+        return Scheme(max(0, min(len(self._common), self._shortest - 2)), False)
 
 
-def _need_classes(places: dict[str, Place]) -> None:
-    classes = sorted({found.folder for found in places.values() if found.split == "train"})
+def check_classes(classes: Sequence[str], splits: set[str]) -> None:
+    """``classes``: all class folders; ``splits``: the splits that exist. Raises DataError when nothing can be trained on."""
     if not classes:
         raise DataError("no class folders with files were found: expected <class>/<picture>.jpg or train/<class>/<picture>.jpg")
+    if "train" not in splits:
+        raise DataError("there are split folders but none called train: add train/<class>/<picture>")
     if len(classes) == 1:
         raise DataError(f"only one class, {classes[0]!r}, was found: a classifier needs at least two class folders")
 
 
-def _draw(places: dict[str, Place], shares: dict[str, float], seed: int) -> dict[str, Place]:
-    by_class: dict[str, list[str]] = defaultdict(list)
-    for name, found in places.items():
-        if found.split == "train":
-            by_class[found.folder].append(name)
-    result = dict(places)
-    for folder in sorted(by_class):
-        names = sorted(by_class[folder])
-        random.Random(f"{seed}:{folder}").shuffle(names)  # noqa: S311 - a reproducible split, not a secret
-        start = 0
-        for split, share in shares.items():
-            # At least one picture stays for training and, where possible, one goes to each drawn split.
-            count = min(max(1, round(len(names) * share)), max(0, len(names) - start - 1))
-            for name in names[start : start + count]:
-                result[name] = Place(split, folder)
-            start += count
-    return result
+def missing_splits(splits: set[str]) -> list[str]:
+    """The splits that must be drawn from train."""
+    return [split for split in SPLITS if split not in splits]
 
 
-def balance(places: Iterable[Place]) -> dict[str, Counter[str]]:
-    """Pictures per class, by split."""
-    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    for found in places:
-        counts[found.split][found.folder] += 1
-    return counts
+def lot(seed: int, name: str) -> bytes:
+    """The name's lot in the draw: 16 bytes that look random but depend on nothing else, on any machine."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16]
+
+
+def drawn_split(rank: int, count: int, missing: Sequence[str]) -> str:
+    """The split of the ``rank``-th lot (from 0) among the ``count`` of its class.
+
+    At least one picture stays for training and, where possible, one goes to each drawn split.
+    """
+    start = 0
+    for split in missing:
+        taken = min(max(1, round(count * DRAWN_SHARES[split])), max(0, count - start - 1))
+        if start <= rank < start + taken:
+            return split
+        start += taken
+    return "train"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -82,16 +82,26 @@ def open_picture(source: bytes) -> Image.Image:
         raise PictureError(f"not a picture in one of the formats {', '.join(FORMATS)}") from problem
     if picture.width * picture.height > MAX_PIXELS:
         raise PictureTooLargeError(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS:,}")
-    if getattr(picture, "n_frames", 1) > 1:
+    if _frames(picture) > 1:
         raise PictureError("animated or multi-page picture")
     return picture
+
+
+def _frames(picture: Image.Image) -> int:
+    """How many frames the file shows. Raises PictureError when its list of frames is damaged."""
+    if picture.format == "MPO":
+        return 1  # a telephone's JPEG with a preview or a depth map behind it; the first frame is the picture
+    try:
+        return int(getattr(picture, "n_frames", 1))
+    except Exception as problem:
+        raise PictureError(f"damaged picture ({type(problem).__name__}: {str(problem)[:100]})") from problem
 
 
 def decode(source: bytes) -> Image.Image:
     """An upright RGB picture. Raises PictureError."""
     picture = open_picture(source)
     try:
-        picture = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)  # a copy would not know its format any more
         return to_rgb(picture)
     except Exception as problem:
         raise PictureError(f"damaged picture ({type(problem).__name__}: {str(problem)[:100]})") from problem
@@ -99,18 +109,34 @@ def decode(source: bytes) -> Image.Image:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """RGB; transparent parts become white, 16-bit grey is scaled to 8 bits."""
-    if picture.mode == "RGB":
-        picture.load()
-        return picture
+    picture.load()  # some formats say only now that a colour is transparent
     if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float32)
-        scale = 255.0 / 65535.0 if values.max(initial=0.0) > 255.0 else 1.0
-        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+        return _grey_to_rgb(picture)
     if "A" in picture.getbands() or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+    if picture.mode == "CMYK" and getattr(picture, "format", None) in ("JPEG", "MPO") and "adobe" not in picture.info:
+        # Pillow inverts the inks of every CMYK JPEG, but only Adobe's programs store them inverted.
+        return ImageChops.invert(picture).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _grey_to_rgb(picture: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, whole or floating, as RGB."""
+    values = np.asarray(picture, dtype=np.float32)
+    largest = float(values.max(initial=0.0))
+    if picture.mode.startswith("I;16"):
+        scale = 255.0 / 65535.0  # also of a dark picture, whose values all are small
+    elif picture.mode == "F" and largest <= 1.0:
+        scale = 255.0  # floating point pictures are commonly 0 to 1
+    else:
+        scale = 255.0 / 65535.0 if largest > 255.0 else 1.0
+    grey = np.clip(values * scale, 0, 255).astype(np.uint8)
+    hidden = picture.info.get("transparency")
+    if isinstance(hidden, int):
+        grey[values == hidden] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def resize_short_side(picture: Image.Image, size: int) -> Image.Image:

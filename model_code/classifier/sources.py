@@ -1,58 +1,67 @@
 """Where pictures come from: a prefix, or an archive (zip, tar) that is read member by member and never extracted.
 
-A source is an iterator of ``Item`` in a fixed order; its names are known before any bytes are read.
+A source is listed first, in a fixed order, and read afterwards; of neither anything stays in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import ipaddress
+import os
 import shutil
 import socket
 import stat
+import struct
 import tarfile
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from classifier import storage
 from classifier.errors import DataError
+from classifier.pictures import MAX_FILE_BYTES, Reader
 
 MAX_MEMBERS = 3_000_000
 MAX_TOTAL_BYTES = 200 * 2**30
 MAX_DOWNLOAD_BYTES = 100 * 2**30
-MAX_FILE_BYTES = 100 * 2**20
 MAX_RATIO = 200
 """Uncompressed over compressed bytes of a whole archive; pictures hardly compress, bombs do."""
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
-@dataclass(frozen=True)
-class Item:
-    """A file of the source: posix name, size in bytes, and a function that reads it (called once, in any thread)."""
+class Entry(NamedTuple):
+    """A file of the source: posix name, size in bytes, and what its reader needs to find it.
+
+    A name that ends in ``/`` is a folder: worth knowing, since it may be an empty class.
+    """
 
     name: str
     size: int
-    read: Callable[[], bytes]
+    locator: str = ""
 
 
 class Source(Protocol):
-    """A set of named files."""
+    """A set of named files, listed in a fixed order."""
 
-    def names(self) -> list[str]:
-        """All names, in the order of ``items``."""
+    def entries(self) -> Iterator[Entry]:
+        """Every file, and folders as far as they are known; nothing is kept of them. Raises DataError."""
 
-    def items(self) -> Iterator[Item]:
-        """The files; a sequential archive is read as the iterator advances."""
+    def reader(self) -> Reader | None:
+        """Reads files in any order from any process; None when they come in the order of ``contents`` only."""
+
+    def contents(self) -> Iterator[bytes]:
+        """The bytes of every entry, in the order of ``entries`` (empty for a folder or a file that is too large)."""
 
     def fingerprint(self) -> str | None:
-        """A text that changes when the content does; None when the origin offers none."""
+        """A text that changes when the content does, known once ``entries`` has ended; None when the origin offers none."""
 
 
 def safe_name(name: str) -> str:
@@ -61,26 +70,89 @@ def safe_name(name: str) -> str:
     parts = PurePosixPath(posix).parts
     if posix.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")) or "\0" in posix:
         raise DataError(f"the archive holds the unsafe name {name!r}: make it again from inside the folder of pictures")
-    return "/".join(part for part in parts if part != ".")
+    return "/".join(part for part in parts if part != ".")  # "" for the archive's own root
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Files of a mounted folder."""
+
+    root: str
+    slow: bool = False
+
+    def read(self, name: str, size: int, locator: str) -> bytes:
+        return (Path(self.root) / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class BucketReader:
+    """Objects of S3 under ``uri``, which ends in ``/``."""
+
+    uri: str
+    slow: bool = True
+
+    def read(self, name: str, size: int, locator: str) -> bytes:
+        return storage.read(self.uri + name)
 
 
 class PrefixSource:
     """Objects under ``s3://bucket/prefix/`` (or a mounted ``file:///folder``)."""
 
     def __init__(self, uri: str) -> None:
-        self._entries = list(storage.listing(uri))
-        if not self._entries:
-            raise DataError(f"{uri} holds no objects: upload class folders with pictures there, or give another source")
+        self._uri = uri if uri.endswith("/") else uri + "/"
+        self._digest = hashlib.sha256()
 
-    def names(self) -> list[str]:
-        return [entry.name for entry in self._entries]
+    def entries(self) -> Iterator[Entry]:
+        self._digest, found = hashlib.sha256(), False
+        for entry, tag in self._folder() if storage.is_file(self._uri) else self._bucket():
+            found = found or not entry.name.endswith("/")
+            self._digest.update(f"{entry.name}\0{entry.size}\0{tag}\n".encode())
+            yield entry
+        if not found:
+            raise DataError(f"{self._uri} holds no objects: upload class folders with pictures there, or give another source")
 
-    def items(self) -> Iterator[Item]:
-        for entry in self._entries:
-            yield Item(entry.name, entry.size, lambda uri=entry.uri: storage.read(uri))  # type: ignore[misc]
+    def _root(self) -> Path:
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(self._uri).path))
+
+    def _folder(self) -> Iterator[tuple[Entry, str]]:
+        if self._root().is_dir():
+            yield from _walk(str(self._root()), "")
+
+    def _bucket(self) -> Iterator[tuple[Entry, str]]:
+        """Objects in key order. An empty object whose key ends in ``/`` is how the console makes a folder."""
+        bucket, _, prefix = self._uri.removeprefix("s3://").partition("/")
+        for page in storage.s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", []):
+                if item["Key"] != prefix:
+                    yield Entry(item["Key"][len(prefix) :], int(item["Size"])), str(item["ETag"]).strip('"')
+
+    def reader(self) -> Reader:
+        return FolderReader(str(self._root())) if storage.is_file(self._uri) else BucketReader(self._uri)
+
+    def contents(self) -> Iterator[bytes]:
+        raise NotImplementedError("a prefix is read by name")
 
     def fingerprint(self) -> str | None:
-        return "\n".join(f"{entry.name}\0{entry.size}\0{entry.tag}" for entry in self._entries)
+        return self._digest.hexdigest()
+
+
+def _walk(root: str, below: str) -> Iterator[tuple[Entry, str]]:
+    """Plain files and empty folders under ``root``, sorted, with their times; links are not followed."""
+    with os.scandir(f"{root}/{below}") as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    if not entries and below:
+        yield Entry(_text(below), 0), ""
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, f"{below}{entry.name}/")
+        elif entry.is_file(follow_symlinks=False):
+            facts = entry.stat(follow_symlinks=False)
+            yield Entry(_text(below + entry.name), facts.st_size), f"{facts.st_mtime_ns}"
+
+
+def _text(name: str) -> str:
+    """The name as text; bytes that are not UTF-8 are spelled out (such a file is then refused as one that is not found)."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class _Limits:
@@ -102,76 +174,108 @@ class _Limits:
             raise DataError(f"the archive unpacks to more than {MAX_RATIO} times its size: that is not a set of pictures")
 
 
+@dataclass(frozen=True)
+class ZipReader:
+    """Members of a zip file, found by their offset: a process that reads one need not read the archive's directory."""
+
+    path: str
+    slow: bool = False
+
+    def read(self, name: str, size: int, locator: str) -> bytes:
+        """``locator``: offset of the local header, bytes stored, method, flags, checksum. Raises DataError."""
+        offset, packed, method, flags, checksum = (int(part) for part in locator.split())
+        if flags & 1:
+            raise DataError("unreadable in the archive (encrypted)")
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"unreadable in the archive (compression method {method}; stored and deflated are read)")
+        with Path(self.path).open("rb") as archive:
+            archive.seek(offset)
+            header = archive.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+                raise DataError("unreadable in the archive (no header where its directory says)")
+            archive.seek(sum(_LOCAL_HEADER.unpack(header)[-2:]), os.SEEK_CUR)
+            data = archive.read(packed)
+        if method == zipfile.ZIP_DEFLATED:
+            try:
+                # No more than the announced size is unpacked, whatever the data say.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+            except zlib.error as problem:
+                raise DataError(f"unreadable in the archive ({problem})") from None
+        if len(data) != size or zlib.crc32(data) != checksum:
+            raise DataError("unreadable in the archive (its checksum is wrong)")
+        return data
+
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""A member's header in a zip: its last two numbers are the lengths of the name and of the extra field, which follow."""
+
+
 class ZipSource:
-    """A zip file on disk."""
+    """A zip file on disk. While it is listed, its whole directory is in memory (some 700 bytes for a member)."""
 
     def __init__(self, path: Path, tag: str | None) -> None:
-        self._tag = tag
+        self._path, self._tag = path, tag
+
+    def entries(self) -> Iterator[Entry]:
+        limits = _Limits(self._path)
         try:
-            self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as problem:
-            raise DataError(f"{path.name} is not a readable zip archive ({problem}): make or download it again") from None
-        limits = _Limits(path)
-        self._members: list[tuple[str, zipfile.ZipInfo]] = []
-        for info in self._zip.infolist():
-            name = safe_name(info.filename)
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise DataError(f"the archive holds {name!r}, a link or device: only plain files are accepted")
-            if not info.is_dir():
+            archive = zipfile.ZipFile(self._path)
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as problem:
+            raise DataError(f"{self._path.name} is not a readable zip archive ({problem}): make or download it again") from None
+        with archive:
+            for info in archive.infolist():
+                name = safe_name(info.filename)
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise DataError(f"the archive holds {name!r}, a link or device: only plain files are accepted")
+                if info.is_dir():
+                    yield Entry(f"{name}/", 0)
+                    continue
                 limits.add(info.file_size)
-                self._members.append((name, info))
+                where = (info.header_offset, info.compress_size, info.compress_type, info.flag_bits, info.CRC)
+                yield Entry(name, info.file_size, " ".join(str(number) for number in where))
 
-    def names(self) -> list[str]:
-        return [name for name, _ in self._members]
+    def reader(self) -> Reader:
+        return ZipReader(str(self._path))
 
-    def items(self) -> Iterator[Item]:
-        for name, info in self._members:
-            yield Item(name, info.file_size, lambda info=info: self._read(info))  # type: ignore[misc]
-
-    def _read(self, info: zipfile.ZipInfo) -> bytes:
-        try:
-            with self._zip.open(info) as stream:
-                return stream.read(info.file_size + 1)
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as problem:
-            raise DataError(f"unreadable in the archive ({problem})") from None
+    def contents(self) -> Iterator[bytes]:
+        raise NotImplementedError("a zip archive is read by offset")
 
     def fingerprint(self) -> str | None:
         return self._tag
 
 
 class TarSource:
-    """A tar file on disk, plain or gzip; bytes are read as the iterator advances, so memory stays bounded."""
+    """A tar file on disk, plain or gzip; it is read from its start to its end, once for the names and once for the bytes."""
 
     def __init__(self, path: Path, tag: str | None) -> None:
         self._path, self._tag = path, tag
-        limits = _Limits(path)
-        self._names: list[str] = []
-        for member in self._members():
-            limits.add(member[1].size)
-            self._names.append(member[0])
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
+        limits = _Limits(self._path)
         try:
             with tarfile.open(self._path, mode="r|*") as archive:
-                for member in archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined] # tarfile keeps all that it has seen
                     name = safe_name(member.name)
-                    if member.isdir():
-                        continue
-                    if not member.isreg():
+                    if not (member.isdir() or member.isreg()):
                         raise DataError(f"the archive holds {name!r}, a link or device: only plain files are accepted")
-                    yield name, member, archive
-        except (tarfile.TarError, EOFError, OSError) as problem:
+                    limits.add(member.size)
+                    yield name + "/" * member.isdir(), member, archive
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
             raise DataError(f"{self._path.name} is not a readable tar archive ({problem}): make or download it again") from None
 
-    def names(self) -> list[str]:
-        return self._names
+    def entries(self) -> Iterator[Entry]:
+        for name, member, _ in self._members():
+            yield Entry(name, member.size)
 
-    def items(self) -> Iterator[Item]:
-        for name, member, archive in self._members():
-            stream = archive.extractfile(member)
-            data = stream.read() if stream and member.size <= MAX_FILE_BYTES else b""
-            yield Item(name, member.size, lambda data=data: data)  # type: ignore[misc]
+    def reader(self) -> Reader | None:
+        return None
+
+    def contents(self) -> Iterator[bytes]:
+        for _, member, archive in self._members():
+            stream = archive.extractfile(member) if member.isreg() and member.size <= MAX_FILE_BYTES else None
+            yield stream.read() if stream else b""
 
     def fingerprint(self) -> str | None:
         return self._tag
@@ -267,25 +371,27 @@ def check_source(uri: str) -> None:
         raise DataError(f"{uri} does not end in {', '.join(ARCHIVES)}: only archives are fetched over https")
 
 
-def cheap_fingerprint(uri: str, allowed: Sequence[str]) -> str | None:
-    """What identifies the source's content without downloading it, or None. Raises DataError."""
+def archive_tag(uri: str, allowed: Sequence[str]) -> str | None:
+    """What identifies an archive's content without downloading it; None for a prefix, or when the host does not say.
+
+    Raises DataError.
+    """
     check_source(uri)
+    if not is_archive(uri):
+        return None
     if uri.startswith(("http://", "https://")):
         return remote_tag(uri, allowed)
-    if is_archive(uri):
-        entry = storage.head(uri)
-        return f"{entry.size}\0{entry.tag}"
-    return PrefixSource(uri).fingerprint()
+    entry = storage.head(uri)
+    return f"{entry.size}\0{entry.tag}"
 
 
 def open_source(uri: str, allowed: Sequence[str], work: Path) -> Source:
-    """The source behind ``uri``. Raises DataError naming what is wrong and what is accepted."""
+    """The source behind ``uri``; an archive is copied into ``work`` first. Raises DataError naming what is wrong."""
     check_source(uri)
-    web = uri.startswith(("http://", "https://"))
     if not is_archive(uri):
         return PrefixSource(uri)
     target = Path(tempfile.mkdtemp(dir=work)) / PurePosixPath(urllib.parse.urlsplit(uri).path).name
-    if web:
+    if uri.startswith(("http://", "https://")):
         tag = _fetch(uri, target, allowed)
     else:
         entry = storage.head(uri)
