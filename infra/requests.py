@@ -107,6 +107,8 @@ def prepare(config: StageConfig) -> Json:
         "min_pictures_per_class": "2",
         "max_quarantined_share": "0.2",
         "allowed_hosts": ",".join(config.allowed_hosts) or "none",
+        # Where the instances of one job meet; a retry must not find what the attempt before it left there.
+        "exchange_uri": ask(f"{run_uri('prepare-parts')} & '/' & {unique()}"),
     }
     outputs = {"dataset": ("datasets", "s3://${DataBucket}/datasets"), "result": ("result", ask(run_uri("prepare")))}
     return _processing(config, "prep", "PrepareRole", "prepare.py", flags, [], outputs)

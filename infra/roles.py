@@ -16,7 +16,7 @@ from infra.config import StageConfig
 ROLES = ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole")
 
 READS: dict[str, tuple[str, ...]] = {
-    "PrepareRole": ("incoming/*", "datasets/*"),
+    "PrepareRole": ("incoming/*", "datasets/*", "runs/*/prepare-parts/*"),
     "FeaturesRole": ("datasets/*", "incoming/*", "pretrained/*"),
     "TrainingRole": ("datasets/*", "incoming/*", "pretrained/*", "runs/*/features/*", "runs/*/checkpoints/*"),
     "EvaluateRole": ("datasets/*", "runs/*/training/*", "models/*", "champion.json"),
@@ -25,7 +25,7 @@ READS: dict[str, tuple[str, ...]] = {
 """Keys of the data bucket that each kind of job reads."""
 
 WRITES: dict[str, tuple[str, ...]] = {
-    "PrepareRole": ("datasets/*", "runs/*/prepare/*"),
+    "PrepareRole": ("datasets/*", "runs/*/prepare/*", "runs/*/prepare-parts/*"),
     "FeaturesRole": ("runs/*/features/*",),
     "TrainingRole": (
         "runs/*/tuning/*",
