@@ -312,6 +312,53 @@ def test_waiting_for_spot_capacity_is_checked_as_on_aws(call: Client) -> None:
         call("CreateHyperParameterTuningJob", **request)
 
 
+def test_a_seed_repeats_a_job(call: Client) -> None:
+    def proposals(name: str, seed: int) -> list[str]:
+        limits = {"MaxNumberOfTrainingJobs": 6, "MaxParallelTrainingJobs": 1}
+        call("CreateHyperParameterTuningJob", **tuning(name, "Random", ResourceLimits=limits, RandomSeed=seed))
+        assert finish(call, name)["HyperParameterTuningJobStatus"] == "Completed"
+        found = call("ListTrainingJobsForHyperParameterTuningJob", HyperParameterTuningJobName=name)["TrainingJobSummaries"]
+        return [item["TunedHyperParameters"]["kind"] for item in found]
+
+    assert proposals("seed-1", 11) == proposals("seed-2", 11) != proposals("seed-3", 12)
+
+
+RESUMED = """
+import json, os, pathlib, signal, sys, time
+base = pathlib.Path(os.environ["SAGEMAKER_BASE_DIR"])
+kind = json.loads((base / "input/config/hyperparameters.json").read_text())["kind"]
+here = base / "checkpoints" / "kind"
+before = here.read_text() if here.exists() else ""
+here.write_text(kind)
+print(f"score={'0.5' if before == kind else '0.1'}", flush=True)
+if not before: time.sleep(60)
+"""
+
+
+def test_interrupted_trials_resume_from_their_own_checkpoints(cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    from local_cloud.sagemaker.jobs import TrainingJob
+
+    monkeypatch.setattr(TrainingJob, "command", lambda *_: ["python", "-c", RESUMED])
+    service = SageMaker(cloud, Images(cloud), Settings(grace=0.5, interrupt_after=1.0))
+    try:
+        call = Client(service)
+        request = tuning("scarce")
+        request["TrainingJobDefinition"] |= {
+            "EnableManagedSpotTraining": True,
+            "CheckpointConfig": {"S3Uri": f"s3://{BUCKET}/scarce/tuning"},
+            "StoppingCondition": {"MaxRuntimeInSeconds": 30, "MaxWaitTimeInSeconds": 60},
+        }
+        call("CreateHyperParameterTuningJob", **request)
+        end = finish(call, "scarce")
+        found = call("ListTrainingJobsForHyperParameterTuningJob", HyperParameterTuningJobName="scarce")["TrainingJobSummaries"]
+    finally:
+        service.stop()
+    assert end["TrainingJobStatusCounters"]["Completed"] == 3
+    assert [item["FinalHyperParameterTuningJobObjectiveMetric"]["Value"] for item in found] == [0.5, 0.5, 0.5]
+    kept = {item["TrainingJobName"]: item["TunedHyperParameters"]["kind"].encode() for item in found}
+    assert {name: cloud.get(f"scarce/tuning/{name}/kind") for name in kept} == kept
+
+
 # --- warm start --------------------------------------------------------------------------------------------------------------
 
 
