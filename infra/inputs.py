@@ -14,6 +14,7 @@ from infra.config import (
     SCALES,
     STRATEGIES,
     WARM_START_TYPES,
+    ConfigError,
     MachineInput,
     QualityGate,
     Range,
@@ -39,7 +40,11 @@ GRID_LEARNING_RATES = 4
 
 
 def merge(config: StageConfig) -> str:
-    """JSONata source of the input laid over the stage's defaults; groups of fields are merged one level deeper."""
+    """JSONata source of the input laid over the stage's defaults; groups of fields are merged one level deeper.
+
+    Raises ConfigError when the defaults name a hyperparameter that the training code does not have.
+    """
+    _check_defaults(config)
     defaults = json.dumps(config.input.model_dump(mode="json"))
     groups = ", ".join(
         f"'{name}': $exists($given.{name}) ? ($type($given.{name}) = 'object' ? "
@@ -50,6 +55,16 @@ def merge(config: StageConfig) -> str:
         f"($defaults := {defaults}; $given := $type($states.input) = 'object' ? $states.input : {{}}; "
         f"$merge([$defaults, $given, {{{groups}}}]))"
     )
+
+
+def _check_defaults(config: StageConfig) -> None:
+    """Found when the stage is synthesised rather than in its first execution."""
+    groups = {"hyperparameters": config.input.hyperparameters, "tuning.ranges": config.input.tuning.ranges}
+    for group, given in groups.items():
+        for name in given:
+            if name not in _known_hyperparameters():
+                known = ", ".join(_known_hyperparameters())
+                raise ConfigError(f"cdk.json stage {config.stage}: input.{group} names {name}; expected names among {known}.")
 
 
 def check(config: StageConfig) -> str:

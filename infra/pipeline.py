@@ -42,7 +42,7 @@ ADVICE = {
     "PrepareData": "Look at the source and at runs/<run>/prepare/report.json.",
     "CheckBatchSize": "Start again with smaller values in tuning.batch_size, or with more pictures.",
     "CacheFeatures": "Check that backbone and pretrained fit each other.",
-    "Tune": "Open the tuning job's trials in SageMaker; their log's last lines name the reason.",
+    "Tune": "Correct what the reason names; the trials' logs, listed with the tuning job in SageMaker, tell more.",
     "Train": "Open the training job's log in CloudWatch.",
     "Evaluate": "Open the processing job's log in CloudWatch.",
     "Report": "Open the processing job's log in CloudWatch; the trained model is kept in the run's folder.",

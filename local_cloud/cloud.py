@@ -28,7 +28,7 @@ import boto3
 from local_cloud import emulator, validation
 from local_cloud.codebuild import CodeBuild
 from local_cloud.images import Images
-from local_cloud.sagemaker import SageMaker
+from local_cloud.sagemaker import SageMaker, Settings
 from local_cloud.service import Caller, Service, ServiceError
 from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
 from local_cloud.stepfunctions import StepFunctions
@@ -46,7 +46,7 @@ _BUILD_OPERATIONS = frozenset({"StartBuild", "BatchGetBuilds", "StopBuild"})
 class LocalCloud:
     """The account: its services, its working folder, and the ASGI application in front of them."""
 
-    def __init__(self, root: Path, port: int) -> None:
+    def __init__(self, root: Path, port: int, settings: Settings | None = None) -> None:
         self.root = root
         self.url = f"http://localhost:{port}"
         self.region = emulator.REGION
@@ -54,7 +54,7 @@ class LocalCloud:
         self._sessions: dict[tuple[str, str, str], tuple[float, boto3.Session]] = {}
         self._sessions_lock = threading.Lock()
         images = Images(self)
-        self._sagemaker = SageMaker(self, images)
+        self._sagemaker = SageMaker(self, images, settings)
         self._services: dict[str, Service] = {
             "sagemaker": self._sagemaker,
             "stepfunctions": StepFunctions(self),
@@ -271,9 +271,16 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=4566, help="port on the loopback interface")
     parser.add_argument("--root", type=Path, required=True, help="folder for everything the cloud writes; removed at its end")
     parser.add_argument("--lifeline", action="store_true", help="stop when standard input closes")
+    parser.add_argument(
+        "--interrupt-spot-after",
+        type=float,
+        metavar="SECONDS",
+        help="take the machine away from each managed spot job with checkpoints, once, when it has run so long",
+    )
     arguments = parser.parse_args()
     emulator.configure(arguments.root, arguments.port)
-    cloud = LocalCloud(arguments.root, arguments.port)
+    settings = Settings(interrupt_after=arguments.interrupt_spot_after)
+    cloud = LocalCloud(arguments.root, arguments.port, settings)
     try:
         asyncio.run(_serve(cloud, arguments.port, arguments.lifeline))
     finally:

@@ -151,7 +151,8 @@ class Follower:
             if trial.status != "InProgress" and trial.said != trial.status:
                 trial.said = trial.status
                 objective = "no objective" if trial.objective is None else f"objective {trial.objective:.4f}"
-                self._print(f"  trial {_short(trial.name)}: {_settings(trial.hyperparameters)} → {objective} ({trial.status})")
+                ended = ": ".join([trial.status, *([job["FailureReason"]] if "FailureReason" in job else [])])
+                self._print(f"  trial {_short(trial.name)}: {_settings(trial.hyperparameters)} → {objective} ({ended})")
 
     def _read_log(self, trial: Trial) -> None:
         """New complete lines of the job's log. The log of a job that has not started is not there yet."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import threading
 import time
@@ -44,10 +45,16 @@ class Settings:
     """For a server to answer one invocation (SageMaker: 60)."""
     keep_folders: bool = False
     """Keep the folders of finished jobs, to look into them."""
+    interrupt_after: float | None = None
+    """Take the machine away from every managed spot job with checkpoints, once, when it has run so long."""
 
 
 class JobFailureError(Exception):
     """The job failed; the message is its FailureReason."""
+
+
+class _InterruptedError(Exception):
+    """The spot machine was taken away: the container has been stopped and must start again on a new one."""
 
 
 class ContainerJob(ABC):
@@ -69,6 +76,8 @@ class ContainerJob(ABC):
         self._stop = threading.Event()
         self._shutdown = False
         self._timed_out = False
+        self._interrupted = False
+        self._ran = 0.0
         self._log: JobLog | None = None
         self._thread = threading.Thread(target=self._run, name=f"{self.kind}-{name}", daemon=True)
 
@@ -109,6 +118,15 @@ class ContainerJob(ABC):
     @abstractmethod
     def on_started(self) -> None:
         """Called when the container has started."""
+
+    @abstractmethod
+    def on_interrupted(self) -> None:
+        """Called when the machine was taken away; the checkpoints are in S3."""
+
+    @property
+    @abstractmethod
+    def spot(self) -> bool:
+        """Whether the job runs on spare capacity, which may be taken away, and can go on where it was."""
 
     # -- from outside --------------------------------------------------------------------------------------------------
 
@@ -204,19 +222,35 @@ class ContainerJob(ABC):
         stream = f"{self.name}/algo-1-{int(time.time())}"
         path = self.cloud.root / "logs" / self.kind / f"{self.name}.log"
         self._log = JobLog(self.cloud, session, path=path, group=self.log_group, stream=stream)
-        for folder in ("work", "home", "tmp"):
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        self._make_folders()
         image = self.images.resolve(self._image_uri(), session)
         self.prepare()
         if self._stop.is_set():
             self.stopped()
             return
-        code = self._execute(image, session)
+        code = self._run_container(image, session)
         if not self._shutdown:
             self._sync(final=True)
             self.collect(code)
         else:
             self.stopped()
+
+    def _make_folders(self) -> None:
+        for folder in ("work", "home", "tmp"):
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+
+    def _run_container(self, image: Image, session: boto3.Session) -> int | None:
+        """Run the container to its end, on a second machine when the first was taken away."""
+        try:
+            return self._execute(image, session)
+        except _InterruptedError:
+            self._sync(final=True)
+        self.say("the spot machine was taken away; starting again with the checkpoints")
+        self.on_interrupted()
+        shutil.rmtree(self.folder)  # a new machine has nothing but what S3 gives it
+        self._make_folders()
+        self.prepare()
+        return None if self._stop.is_set() else self._execute(image, session)
 
     @abstractmethod
     def _image_uri(self) -> str: ...
@@ -251,19 +285,30 @@ class ContainerJob(ABC):
             self.on_line(line)
 
     def _watch(self, child: Child) -> int | None:
-        deadline = time.monotonic() + self.max_runtime
-        next_sync = time.monotonic() + self.settings.sync_interval
+        started = time.monotonic()
+        deadline = started + self.max_runtime - self._ran
+        interruption = started + self._interruption()
+        next_sync = started + self.settings.sync_interval
         while child.running():
             if self._stop.wait(_POLL):
                 return self._halt(child)
             if time.monotonic() > deadline:
                 self._timed_out = True
                 return self._halt(child)
+            if time.monotonic() > interruption:
+                self._interrupted, self._ran = True, time.monotonic() - started
+                self._halt(child)
+                raise _InterruptedError
             if time.monotonic() > next_sync:
                 self._sync()
                 next_sync = time.monotonic() + self.settings.sync_interval
         code = child.wait()
         return None if self._stop.is_set() else code
+
+    def _interruption(self) -> float:
+        """Seconds until the machine is taken away: once in a job's life, and only on demand."""
+        after = self.settings.interrupt_after
+        return math.inf if after is None or self._interrupted or not self.spot else after
 
     def _halt(self, child: Child) -> int | None:
         if self._shutdown:

@@ -167,7 +167,17 @@ class TrainingJob(ContainerJob):
         return self._checkpoints
 
     def on_started(self) -> None:
-        self._transition("Training", "Training image download completed. Training in progress.", TrainingStartTime=now())
+        first = {} if "TrainingStartTime" in self.record else {"TrainingStartTime": now()}
+        self._transition("Training", "Training image download completed. Training in progress.", **first)
+
+    @property
+    def spot(self) -> bool:
+        """Managed spot training; without checkpoints an interrupted job would begin anew, which no test needs."""
+        return bool(self.request.get("EnableManagedSpotTraining")) and "CheckpointConfig" in self.request
+
+    def on_interrupted(self) -> None:
+        self._transition("Interrupted", "The managed spot training instances were interrupted")
+        self._transition("Starting", "Starting the training job")
 
     def on_line(self, line: str) -> None:
         if self.metrics.read(line):
@@ -286,6 +296,14 @@ class ProcessingJob(ContainerJob):
     def on_started(self) -> None:
         self.update(ProcessingStartTime=now())
 
+    @property
+    def spot(self) -> bool:
+        """SageMaker has no spot for processing."""
+        return False
+
+    def on_interrupted(self) -> None:
+        """Never called: there is no spot."""
+
     def collect(self, code: int | None) -> None:
         message = self.message("output/message")
         if message:
@@ -311,6 +329,17 @@ class ProcessingJob(ContainerJob):
     def mark_stopping(self) -> None:
         """The status that Stop gives at once."""
         self.update(ProcessingJobStatus="Stopping")
+
+
+def check_spot(definition: Request) -> None:
+    """Refuse a waiting time that SageMaker refuses: without managed spot training, or shorter than the running time."""
+    stopping = definition.get("StoppingCondition", {})
+    wait, run = stopping.get("MaxWaitTimeInSeconds"), stopping.get("MaxRuntimeInSeconds", _DAY)
+    spot = bool(definition.get("EnableManagedSpotTraining"))
+    if wait is not None and not spot:
+        raise invalid("Invalid MaxWaitTimeInSeconds. It is only supported when EnableManagedSpotTraining is set to true")
+    if spot and (wait is None or wait < run):
+        raise invalid(f"MaxWaitTimeInSeconds is {wait} with managed spot training; expected at least MaxRuntimeInSeconds = {run}.")
 
 
 def _mounted_values(value: Any, job: ContainerJob) -> Any:
@@ -344,6 +373,7 @@ class Jobs:
         self._images.check(request["AlgorithmSpecification"]["TrainingImage"])
         if "CheckpointConfig" in request:
             require_mounted("CheckpointConfig.LocalPath", request["CheckpointConfig"].get("LocalPath", _DEFAULT_CHECKPOINTS))
+        check_spot(request)
         assume(self._cloud, request["RoleArn"], request["TrainingJobName"])
         job = TrainingJob(self._cloud, self._images, self._settings, request, self.changed, tuning_arn, neighbours)
         self._add(self._training, job, "Training job names", "training job", job.record["TrainingJobArn"])

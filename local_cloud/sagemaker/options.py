@@ -27,6 +27,7 @@ _S3_CHANNEL = _below(
 )
 _TRAINING: frozenset[str] = (
     frozenset({"RoleArn", "Environment", "EnableNetworkIsolation", "CheckpointConfig", "OutputDataConfig.S3OutputPath"})
+    | {"EnableManagedSpotTraining"}
     | _S3_CHANNEL
     | _below("AlgorithmSpecification", "TrainingImage", "TrainingInputMode", "MetricDefinitions")
     | _below("ResourceConfig", "InstanceCount")
@@ -53,7 +54,7 @@ SUPPORTED: dict[str, frozenset[str]] = {
     | _below("ProcessingResources.ClusterConfig", "InstanceCount")
     | _below("StoppingCondition", "MaxRuntimeInSeconds")
     | _below("NetworkConfig", "EnableNetworkIsolation"),
-    "CreateHyperParameterTuningJob": frozenset({"HyperParameterTuningJobName", _TAGS})
+    "CreateHyperParameterTuningJob": frozenset({"HyperParameterTuningJobName", "WarmStartConfig", _TAGS})
     | _below(
         "HyperParameterTuningJobConfig",
         *("Strategy", "StrategyConfig", "HyperParameterTuningJobObjective", "ResourceLimits", "RandomSeed"),
@@ -120,7 +121,6 @@ _TRAINING_IGNORED = {
     "ResourceConfig.VolumeSizeInGB": "jobs use this machine's disk without a quota",
     "ResourceConfig.VolumeKmsKeyId": _KEY,
     "OutputDataConfig.KmsKeyId": _KEY,
-    "EnableManagedSpotTraining": "local jobs are never interrupted for capacity",
     "EnableInterContainerTrafficEncryption": "there is one container",
     "StoppingCondition.MaxWaitTimeInSeconds": "there is no wait for spot capacity",
     "StoppingCondition.MaxPendingTimeInSeconds": "there is no wait for capacity",
@@ -169,6 +169,7 @@ IGNORED["UpdateEndpoint"] = {
 _VPC = "local containers share this machine's network"
 _DEBUGGER = "the managed debugger and profiler are AWS's containers (and closed to new customers); rules run inside the jobs"
 _ONE = "one instance per job and per endpoint variant is emulated"
+_ONE_JOB = "jobs run on this machine alone: several instances, and torchrun over them, need AWS"
 _PLAIN = "files are handed over as they are: unpack in the job"
 
 VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
@@ -180,7 +181,7 @@ VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "InputDataConfig.DataSource.S3DataSource.S3DataType": (("S3Prefix",), "manifests are not emulated: give a prefix"),
         "InputDataConfig.DataSource.S3DataSource.S3DataDistributionType": (("FullyReplicated",), _ONE),
         "OutputDataConfig.CompressionType": (("GZIP",), "the model is always packed as model.tar.gz"),
-        "ResourceConfig.InstanceCount": ((1,), _ONE),
+        "ResourceConfig.InstanceCount": ((1,), _ONE_JOB),
         "EnableNetworkIsolation": ((False,), _VPC),
         "ProfilerConfig.DisableProfiler": ((True,), _DEBUGGER),
     },
@@ -189,7 +190,7 @@ VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "ProcessingInputs.S3Input.S3InputMode": (("File",), "there are no pipes"),
         "ProcessingInputs.S3Input.S3CompressionType": (("None",), _PLAIN),
         "ProcessingInputs.S3Input.S3DataDistributionType": (("FullyReplicated",), _ONE),
-        "ProcessingResources.ClusterConfig.InstanceCount": ((1,), _ONE),
+        "ProcessingResources.ClusterConfig.InstanceCount": ((1,), _ONE_JOB),
         "NetworkConfig.EnableNetworkIsolation": ((False,), _VPC),
     },
     "CreateModel": {
@@ -248,7 +249,6 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "CreateHyperParameterTuningJob": {
         "TrainingJobDefinitions": "one TrainingJobDefinition is emulated",
-        "WarmStartConfig": "trials of earlier tuning jobs are not carried over",
         "Autotune": "give the ranges",
         "HyperParameterTuningJobConfig.ParameterRanges.AutoParameters": "give the ranges",
         "HyperParameterTuningJobConfig.TuningJobCompletionCriteria": "ResourceLimits are the only end",

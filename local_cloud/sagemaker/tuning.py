@@ -3,14 +3,14 @@
 Strategies: ``Bayesian`` is Optuna's tree-structured Parzen estimator with the constant-liar correction for parallel trials
 (SageMaker uses a Gaussian process; both are sequential model-based searches over the same ranges). ``Random`` draws independently.
 ``Grid`` enumerates categorical values, the only kind SageMaker allows there. ``Hyperband`` draws like ``Random`` and stops weak
-trials by Optuna's Hyperband pruner, with one report of the objective as one unit of resource.
+trials by Optuna's Hyperband pruner, with one report of the objective as one unit of resource. The ranges are in ``ranges.py``,
+what a warm start asks of earlier jobs in ``warm_start.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
 import secrets
 import statistics
@@ -20,8 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from local_cloud.sagemaker import ranges, warm_start
 from local_cloud.sagemaker.common import Record, Request, Tags, arn, in_use, invalid, now, page, select
-from local_cloud.sagemaker.jobs import Jobs, Metrics, TrainingJob
+from local_cloud.sagemaker.jobs import Jobs, Metrics, TrainingJob, check_spot
+from local_cloud.sagemaker.ranges import Dimension, dimensions, grid
 from local_cloud.service import Cloud, ServiceError
 
 _ATTEMPTS = 5
@@ -33,6 +35,10 @@ _NONE_SUCCEEDED = (
     "No training job succeeded after {count} attempts. For additional details, please take a look at the training job failures "
     "by listing training jobs for the hyperparameter tuning job."
 )
+
+
+Observation = tuple[Mapping[str, str], float]
+"""A past trial's hyperparameters and its objective."""
 
 
 @dataclass
@@ -53,7 +59,10 @@ class Search:
 
     config: Record
     seed: int | None
+    past: Sequence[Observation] = ()
+    """Trials of earlier searches (warm start): their values and objectives."""
     study: Any = field(init=False)
+    _space: list[Dimension] = field(init=False)
     _grid: list[dict[str, str]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -61,6 +70,7 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         strategy, limits = self.config["Strategy"], self.config["ResourceLimits"]
+        self._space = dimensions(self.config.get("ParameterRanges", {}))
         count = limits.get("MaxNumberOfTrainingJobs", 30)
         start = min(count, 10, max(3, count // 3))
         sampler: Any = optuna.samplers.RandomSampler(seed=self.seed)
@@ -69,23 +79,31 @@ class Search:
         direction: Any = "maximize" if self.config["HyperParameterTuningJobObjective"]["Type"] == "Maximize" else "minimize"
         pruner = self._pruner(optuna) if strategy == "Hyperband" else optuna.pruners.NopPruner()
         self.study = optuna.create_study(direction=direction, sampler=sampler, pruner=pruner)
+        known = self._recall(optuna)
         if strategy == "Bayesian":
-            self._spread(start)
+            self._spread(start - known)
         if strategy == "Grid":
             self._grid = grid(self.config["ParameterRanges"])
+
+    def _recall(self, optuna: Any) -> int:
+        """Tell the study what earlier searches found inside these ranges; returns how many trials that were."""
+        known = 0
+        for values, objective in self.past:
+            params = {space.name: space.inner(values[space.name]) for space in self._space if space.name in values}
+            if len(params) == len(self._space) and all(value is not None for value in params.values()):
+                distributions = {space.name: space.distribution for space in self._space}
+                self.study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=objective))
+                known += 1
+        return known
 
     def _spread(self, count: int) -> None:
         """Begin with a Latin hypercube (McKay et al., 1979): few trials, yet every stratum of every range is tried once."""
         from scipy.stats import qmc
 
-        ranges = self.config.get("ParameterRanges", {})
-        kinds = ("Continuous", "Integer", "Categorical")
-        items = [(kind, item) for kind in kinds for item in ranges.get(f"{kind}ParameterRanges", [])]
-        if not items:
+        if not self._space or count < 1:
             return
-        for point in qmc.LatinHypercube(len(items), rng=self.seed).random(count).tolist():
-            values = {item["Name"]: _at(kind, item, share) for (kind, item), share in zip(items, point, strict=True)}
-            self.study.enqueue_trial(values)
+        for point in qmc.LatinHypercube(len(self._space), rng=self.seed).random(count).tolist():
+            self.study.enqueue_trial({space.name: space.at(share) for space, share in zip(self._space, point, strict=True)})
 
     def _pruner(self, optuna: Any) -> Any:
         given = self.config.get("StrategyConfig", {}).get("HyperbandStrategyConfig", {})
@@ -95,19 +113,10 @@ class Search:
 
     def ask(self) -> tuple[Any, dict[str, str]]:
         """The next trial and its hyperparameters as strings."""
-        trial = self.study.ask()
         if self._grid is not None:
-            return trial, self._grid.pop(0)
-        ranges = self.config.get("ParameterRanges", {})
-        values: dict[str, str] = {}
-        for item in ranges.get("ContinuousParameterRanges", []):
-            values[item["Name"]] = _continuous(trial, item)
-        for item in ranges.get("IntegerParameterRanges", []):
-            low, high = int(item["MinValue"]), int(item["MaxValue"])
-            values[item["Name"]] = str(trial.suggest_int(item["Name"], low, high, log=_logarithmic(item, low, high)))
-        for item in ranges.get("CategoricalParameterRanges", []):
-            values[item["Name"]] = str(trial.suggest_categorical(item["Name"], item["Values"]))
-        return trial, values
+            return self.study.ask(), self._grid.pop(0)
+        trial = self.study.ask({space.name: space.distribution for space in self._space})
+        return trial, {space.name: space.outer(trial.params[space.name]) for space in self._space}
 
     def tell(self, trial: Any, value: float | None) -> None:
         """The trial's objective, or None when it has none."""
@@ -115,40 +124,6 @@ class Search:
 
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
         self.study.tell(trial, value, state=state)
-
-
-def _at(kind: str, item: Record, share: float) -> Any:
-    """The value at ``share`` (0 to 1) of a range, on the scale that the range names; Optuna's form of it."""
-    if kind == "Categorical":
-        return item["Values"][int(share * len(item["Values"]))]
-    low, high = float(item["MinValue"]), float(item["MaxValue"])
-    reverse = item.get("ScalingType") == "ReverseLogarithmic"
-    if reverse:
-        low, high = 1.0 - high, 1.0 - low
-    logarithmic = reverse or _logarithmic(item, low, high)
-    value = low * (high / low) ** share if logarithmic else low + share * (high - low)
-    value = min(max(value, low), high)  # rounding must not leave the range
-    return round(value) if kind == "Integer" else value
-
-
-def grid(ranges: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Every combination of the categorical ranges, in order."""
-    items = ranges.get("CategoricalParameterRanges", [])
-    names = [item["Name"] for item in items]
-    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(item["Values"] for item in items))]
-
-
-def _continuous(trial: Any, item: Record) -> str:
-    low, high = float(item["MinValue"]), float(item["MaxValue"])
-    if item.get("ScalingType") == "ReverseLogarithmic":  # dense near 1: logarithmic in 1 - x
-        return repr(1.0 - trial.suggest_float(item["Name"], 1.0 - high, 1.0 - low, log=True))
-    return repr(trial.suggest_float(item["Name"], low, high, log=_logarithmic(item, low, high)))
-
-
-def _logarithmic(item: Record, low: float, high: float) -> bool:
-    """``Auto`` chooses logarithmic where a positive range spans a factor of ten or more."""
-    scaling = item.get("ScalingType", "Auto")
-    return scaling == "Logarithmic" or (scaling == "Auto" and low > 0 and high / low >= 10)
 
 
 def worse_than_median(series: Sequence[float], previous: Sequence[Sequence[float]], *, maximize: bool) -> bool:
@@ -168,14 +143,17 @@ def worse_than_median(series: Sequence[float], previous: Sequence[Sequence[float
 class TuningJob:
     """A tuning job and the thread that runs it."""
 
-    def __init__(self, cloud: Cloud, jobs: Jobs, request: Request, poll: float = 0.5) -> None:
+    def __init__(self, cloud: Cloud, jobs: Jobs, request: Request, parents: Sequence[TuningJob] = (), poll: float = 0.5) -> None:
         self.name = request["HyperParameterTuningJobName"]
         self._cloud, self._jobs, self._request, self._poll = cloud, jobs, request, poll
         self._config: Record = request["HyperParameterTuningJobConfig"]
         self._definition: Record = request["TrainingJobDefinition"]
         objective = self._config["HyperParameterTuningJobObjective"]
         self._metric, self._maximize = objective["MetricName"], objective["Type"] == "Maximize"
-        self._search = Search(self._config, self._config.get("RandomSeed"))
+        self._parents = parents
+        past = [observation for parent in parents for observation in parent.observations()]
+        self._search = Search(self._config, self._config.get("RandomSeed"), past)
+        self._max_resource = max_resource(self._config, self._definition.get("StaticHyperParameters", {}))
         self._limit = self._number_of_jobs()
         self.trials: list[Trial] = []
         self._stop = threading.Event()
@@ -271,7 +249,8 @@ class TuningJob:
             status = trial.job.record["TrainingJobStatus"]
             if status in _OVER:
                 trial.told = True
-                self._search.tell(trial.optuna, series[-1] if series and status != "Failed" else None)
+                usable = series and status != "Failed" and math.isfinite(series[-1])
+                self._search.tell(trial.optuna, series[-1] if usable else None)
             elif len(series) > trial.reported and not trial.early:
                 self._judge(trial, series)
 
@@ -280,7 +259,8 @@ class TuningJob:
         for step in range(trial.reported, len(series)):
             if strategy == "Hyperband":
                 trial.optuna.report(series[step], step + 1)
-                trial.early = trial.early or bool(trial.optuna.should_prune())
+                # "Once a job reaches the MaxResource value, it is stopped": one that ends there by itself is let end.
+                trial.early = trial.early or bool(trial.optuna.should_prune()) or step + 1 > self._max_resource
             elif early:
                 previous = [
                     other.job.metrics.series.get(self._metric, [])
@@ -348,6 +328,26 @@ class TuningJob:
         choose: Callable[..., tuple[float, Trial]] = max if self._maximize else min
         return choose(scored, key=lambda pair: pair[0])[1] if scored else None
 
+    def observations(self) -> list[Observation]:
+        """The trials of which the objective was evaluated: what a later search learns from this one."""
+        with self._jobs.changed:
+            return [
+                (trial.job.record.get("HyperParameters", {}), value)
+                for trial in self.trials
+                if self._objective_status(trial) == "Succeeded"
+                and (value := self.objective(trial)) is not None
+                and math.isfinite(value)
+            ]
+
+    def _overall_best(self) -> Record | None:
+        """The best trial of this search and of those that it started from."""
+        best = [(job, trial) for job in (self, *self._parents) if (trial := job.best()) is not None]
+        if not best:
+            return None
+        choose: Callable[..., tuple[TuningJob, Trial]] = max if self._maximize else min
+        job, trial = choose(best, key=lambda pair: pair[0].objective(pair[1]))
+        return {**job.summary(trial), "TuningJobName": job.name}
+
     def summary(self, trial: Trial) -> Record:
         """HyperParameterTrainingJobSummary of a trial."""
         record = trial.job.record
@@ -375,17 +375,22 @@ class TuningJob:
         answer = copy.deepcopy(self.record)
         states = [trial.job.record["TrainingJobStatus"] for trial in self.trials]
         goals = [self._objective_status(trial) for trial in self.trials]
+        # Only the service's own errors are worth another try; whatever the trial or its request did wrong stays wrong.
+        retryable = sum(trial.job.record.get("FailureReason", "").startswith("InternalServerError") for trial in self._failed())
         answer["TrainingJobStatusCounters"] = {
             "Completed": states.count("Completed"),
             "InProgress": states.count("InProgress") + states.count("Stopping"),
-            "RetryableError": 0,
-            "NonRetryableError": states.count("Failed"),
+            "RetryableError": retryable,
+            "NonRetryableError": states.count("Failed") - retryable,
             "Stopped": states.count("Stopped"),
         }
         answer["ObjectiveStatusCounters"] = {name: goals.count(name) for name in ("Succeeded", "Pending", "Failed")}
         best = self.best()
         if best is not None:
             answer["BestTrainingJob"] = self.summary(best)
+        if answer.get("WarmStartConfig", {}).get("WarmStartType") == "IdenticalDataAndAlgorithm":
+            overall = self._overall_best()
+            answer |= {"OverallBestTrainingJob": overall} if overall else {}
         return answer
 
 
@@ -398,7 +403,7 @@ class Tuning:
 
     def create(self, request: Request) -> Record:
         """CreateHyperParameterTuningJob."""
-        check_ranges(request)
+        check_request(request)
         definition = request["TrainingJobDefinition"]
         Metrics(definition["AlgorithmSpecification"].get("MetricDefinitions", []))
         name, resource = (
@@ -411,10 +416,27 @@ class Tuning:
                     f"Hyper parameter tuning job names must be unique within an AWS account and region: {resource} already exists."
                 )
                 raise in_use(message)
-            job = self._tuning[name] = TuningJob(self._cloud, self._jobs, request)
+            parents = self._parents(request)
+            job = self._tuning[name] = TuningJob(self._cloud, self._jobs, request, parents)
             self._tags.add(resource, request.get("Tags", []))
         job.start()
         return {"HyperParameterTuningJobArn": resource}
+
+    def _parents(self, request: Request) -> list[TuningJob]:
+        """The earlier searches that a warm start names, held against SageMaker's restrictions."""
+        names = warm_start.parents(request)
+        for name in names:
+            if name not in self._tuning:
+                raise invalid(f"Parent tuning job {name!r} does not exist in this account and region: check its name.")
+        found = [self._tuning[name] for name in names]
+        warm_start.check(request, [job.record for job in found])
+        before = sum(len(job.trials) for job in found)
+        asked = int(request["HyperParameterTuningJobConfig"]["ResourceLimits"].get("MaxNumberOfTrainingJobs", 0))
+        if found and before + asked > _MAX_JOBS:
+            raise invalid(
+                f"MaxNumberOfTrainingJobs={asked} and the parents' {before} training jobs are more than {_MAX_JOBS}: give fewer."
+            )
+        return found
 
     def _job(self, request: Request) -> TuningJob:
         name = request["HyperParameterTuningJobName"]
@@ -462,15 +484,16 @@ class Tuning:
         with self._jobs.changed:
             items = [job.summary(trial) for trial in job.trials]
 
-        def objective(item: Record) -> float:
-            return float(item.get("FinalHyperParameterTuningJobObjectiveMetric", {}).get("Value", -math.inf))
-
+        objective = "FinalHyperParameterTuningJobObjectiveMetric"
+        by = request.get("SortBy", "Name")
+        if by == "FinalObjectiveMetricValue":  # AWS lists only trials that have one then
+            items = [item for item in items if objective in item]
         chosen = select(
             items,
-            request,
+            {**request, "SortBy": by},
             name="TrainingJobName",
             status="TrainingJobStatus",
-            sort={"FinalObjectiveMetricValue": objective},
+            sort={"FinalObjectiveMetricValue": lambda item: item[objective]["Value"]},
             default_order="Ascending",
         )
         return page("TrainingJobSummaries", chosen, request)
@@ -486,8 +509,31 @@ class Tuning:
             job.join(30)
 
 
-def check_ranges(request: Request) -> None:
-    """Refuse a configuration that SageMaker refuses: missing parts, empty or reversed ranges, Grid with anything but categories."""
+def max_resource(config: Record, static: Mapping[str, str]) -> float:
+    """Most units of resource (epochs) of a Hyperband trial; infinite for other strategies.
+
+    SageMaker infers it from the static hyperparameters of these names, and refuses the request where it cannot.
+    """
+    if config["Strategy"] != "Hyperband":
+        return math.inf
+    given = config.get("StrategyConfig", {}).get("HyperbandStrategyConfig", {})
+    names = ("epochs", "numepochs", "n-epochs", "n_epochs", "num_epochs")
+    found = given.get("MaxResource") or next((static[name] for name in names if name in static), None)
+    try:
+        most = int(str(found))
+    except ValueError:
+        raise invalid(
+            f"MaxResource of HyperbandStrategyConfig is missing, and none of {', '.join(names)} in StaticHyperParameters is a "
+            "whole number to infer it from: give MaxResource."
+        ) from None
+    least = given.get("MinResource", 1)
+    if least > most:
+        raise invalid(f"MinResource={least} is more than MaxResource={most}: lower it.")
+    return most
+
+
+def check_request(request: Request) -> None:
+    """Refuse a configuration that SageMaker refuses: missing parts, bad ranges and limits, Grid with anything but categories."""
     config = request["HyperParameterTuningJobConfig"]
     for part, where in (
         ("HyperParameterTuningJobObjective", config),
@@ -496,22 +542,35 @@ def check_ranges(request: Request) -> None:
     ):
         if part not in where:
             raise invalid(f"{part} is required.")
-    ranges, strategy = config["ParameterRanges"], config["Strategy"]
-    for item in [*ranges.get("ContinuousParameterRanges", []), *ranges.get("IntegerParameterRanges", [])]:
-        _check_range(item, reverse_allowed=item in ranges.get("ContinuousParameterRanges", []))
-    numeric = bool(ranges.get("ContinuousParameterRanges") or ranges.get("IntegerParameterRanges"))
-    if not numeric and not ranges.get("CategoricalParameterRanges"):
-        raise invalid("ParameterRanges must name at least one hyperparameter to tune.")
-    limits = config["ResourceLimits"]
+    static = request["TrainingJobDefinition"].get("StaticHyperParameters", {})
+    ranges.check(config, static)
+    _check_limits(config)
+    _check_strategy(config, static)
+    _check_metric(config, request["TrainingJobDefinition"])
+    check_spot(request["TrainingJobDefinition"])
+
+
+def _check_limits(config: Record) -> None:
+    limits, strategy = config["ResourceLimits"], config["Strategy"]
+    numeric = any(config["ParameterRanges"].get(f"{kind}ParameterRanges") for kind in ("Continuous", "Integer"))
     if strategy == "Grid":
-        _check_grid(ranges, limits, numeric=numeric)
+        _check_grid(config["ParameterRanges"], limits, numeric=numeric)
     elif "MaxNumberOfTrainingJobs" not in limits:
         raise invalid(f"ResourceLimits.MaxNumberOfTrainingJobs is required for the strategy {strategy}.")
-    if limits.get("MaxNumberOfTrainingJobs", 1) > _MAX_JOBS:
-        raise invalid(f"MaxNumberOfTrainingJobs={limits['MaxNumberOfTrainingJobs']} is more than {_MAX_JOBS}.")
+    most, parallel = limits.get("MaxNumberOfTrainingJobs", _MAX_JOBS), limits["MaxParallelTrainingJobs"]
+    if most > _MAX_JOBS:
+        raise invalid(f"MaxNumberOfTrainingJobs={most} is more than {_MAX_JOBS}.")
+    if parallel > most:
+        raise invalid(f"MaxParallelTrainingJobs={parallel} is more than MaxNumberOfTrainingJobs={most}: lower it.")
+
+
+def _check_strategy(config: Record, static: Mapping[str, str]) -> None:
+    strategy = config["Strategy"]
     if strategy == "Hyperband" and config.get("TrainingJobEarlyStoppingType") == "Auto":
         raise invalid("TrainingJobEarlyStoppingType must be Off for the Hyperband strategy, which has its own early stopping.")
-    _check_metric(config, request["TrainingJobDefinition"])
+    if strategy != "Hyperband" and config.get("StrategyConfig"):
+        raise invalid(f"StrategyConfig belongs to the Hyperband strategy, not to {strategy}: remove it.")
+    max_resource(config, static)
 
 
 def _check_metric(config: Record, definition: Record) -> None:
@@ -523,23 +582,11 @@ def _check_metric(config: Record, definition: Record) -> None:
         )
 
 
-def _check_grid(ranges: Record, limits: Record, *, numeric: bool) -> None:
+def _check_grid(given: Record, limits: Record, *, numeric: bool) -> None:
     if numeric:
         raise invalid("The Grid strategy accepts categorical parameters only: give CategoricalParameterRanges.")
-    count, wanted = len(grid(ranges)), limits.get("MaxNumberOfTrainingJobs")
+    count, wanted = len(grid(given)), limits.get("MaxNumberOfTrainingJobs")
     if wanted is not None and wanted != count:
         raise invalid(f"MaxNumberOfTrainingJobs={wanted} must be {count}, the number of combinations of the grid, or be left out.")
-
-
-def _check_range(item: Record, *, reverse_allowed: bool) -> None:
-    name, scaling = item["Name"], item.get("ScalingType", "Auto")
-    try:
-        low, high = float(item["MinValue"]), float(item["MaxValue"])
-    except ValueError as error:
-        raise invalid(f"The range of {name!r} is not numeric: {item['MinValue']!r} to {item['MaxValue']!r}.") from error
-    if low > high:
-        raise invalid(f"The range of {name!r} is empty: MinValue {item['MinValue']} is greater than MaxValue {item['MaxValue']}.")
-    if scaling == "Logarithmic" and low <= 0:
-        raise invalid(f"Logarithmic scaling of {name!r} needs MinValue > 0, got {item['MinValue']}.")
-    if scaling == "ReverseLogarithmic" and not (reverse_allowed and low >= 0 and high < 1):
-        raise invalid(f"ReverseLogarithmic scaling of {name!r} needs a continuous range with 0 <= MinValue and MaxValue < 1.")
+    if count > _MAX_JOBS:
+        raise invalid(f"The grid has {count} combinations, more than {_MAX_JOBS}: give fewer values.")

@@ -14,7 +14,7 @@ import pytest
 from botocore.validate import ParamValidator
 
 from infra import requests
-from infra.config import StageConfig, load, merged
+from infra.config import ConfigError, StageConfig, load, merged
 from infra.pipeline import definition
 from local_cloud.interpreter import QueryError, evaluate_jsonata
 
@@ -351,6 +351,18 @@ def test_defaults_of_the_stage_may_hold_ranges():
     machine, _, _ = walk({"tuning": {"ranges": {}}}, input={"tuning": {"ranges": RANGES}})
     ranges = machine.requests["Tune"]["HyperParameterTuningJobConfig"]["ParameterRanges"]
     assert ranges["IntegerParameterRanges"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"hyperparameters": {"colour": 1}}, "input.hyperparameters names colour; expected names among"),
+        ({"tuning": {"ranges": {"learning_rate": [1]}}}, "input.tuning.ranges names learning_rate; expected names among"),
+    ],
+)
+def test_unknown_hyperparameters_in_a_stages_defaults_are_found_before_it_is_deployed(given: dict[str, Any], named: str):
+    with pytest.raises(ConfigError, match=named):
+        definition(config(input=given))
 
 
 def test_what_the_search_found_reaches_the_training():

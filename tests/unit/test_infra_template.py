@@ -125,6 +125,20 @@ def test_no_role_may_do_everything_anywhere(templates: dict[str, Any], stage: st
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_the_state_machine_may_read_its_own_searchs_trials_only(templates: dict[str, Any], stage: str):
+    action = "sagemaker:ListTrainingJobsForHyperParameterTuningJob"
+    policies = of_type(templates[stage], "AWS::IAM::Policy").values()
+    (own,) = [item for item in policies if "StateMachineRole" in json.dumps(item["Properties"]["Roles"])]
+    (entry,) = [one for one in own["Properties"]["PolicyDocument"]["Statement"] if action in listed(one["Action"])]
+    assert set(listed(entry["Action"])) <= {
+        action,
+        *(f"sagemaker:{verb}HyperParameterTuningJob" for verb in ("Create", "Describe", "Stop")),
+    }
+    (resource,) = listed(entry["Resource"])
+    assert json.dumps(resource).rstrip('"]}').endswith(f":hyper-parameter-tuning-job/dogs-{stage}-*")
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_cfn_lint_is_content(templates: dict[str, Any], stage: str):
     found = cfn_lint(json.dumps(templates[stage]), config=ManualArgs(regions=["us-east-1"], ignore_checks=IGNORED))
     assert [f"{match.rule.id} {match.message}" for match in found] == []

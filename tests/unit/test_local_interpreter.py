@@ -7,6 +7,7 @@ import io
 import json
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import botocore.session
@@ -18,6 +19,8 @@ from moto.stepfunctions.parser.asl.component.state.exec.state_task import state_
 from moto.stepfunctions.parser.backend.execution import Execution
 from moto.stepfunctions.parser.backend.state_machine import StateMachineInstance
 
+from infra.config import load
+from infra.pipeline import definition
 from local_cloud import interpreter
 
 
@@ -53,6 +56,12 @@ def test_jsonata_gives_json(expression: str, expected: Any):
 def test_jsonata_that_gives_no_json_is_an_error(expression: str):
     with pytest.raises(interpreter.QueryError):
         interpreter.evaluate_jsonata(expression, {"states": {"input": {}}})
+
+
+class Context(dict[str, Any]):
+    """A stand-in for a construct node with cdk.json's context."""
+
+    try_get_context = dict.get
 
 
 class FakeClient:
@@ -98,7 +107,7 @@ def run(
     return execution, calls
 
 
-def task(resource: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+def task(resource: str, arguments: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
     return {"Type": "Task", "Resource": f"arn:aws:states:::{resource}", "Arguments": arguments, "End": True, **more}
 
 
@@ -162,6 +171,46 @@ def test_a_state_that_times_out_stops_its_job():
     while ("stop_processing_job", PROCESSING) not in calls and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert ("stop_processing_job", PROCESSING) in calls
+
+
+def test_arguments_may_be_one_expression():
+    arguments = "{% $merge([{'ProcessingJobName': 'p'}, $states.input.tagged ? {'Tags': []} : {}]) %}"
+    for tagged, request in ((True, {"ProcessingJobName": "p", "Tags": []}), (False, {"ProcessingJobName": "p"})):
+        states = {"A": task("sagemaker:createProcessingJob", arguments)}
+        execution, calls = run(states, {"create_processing_job": {}}, {"tagged": tagged})
+        assert calls == [("create_processing_job", request)]
+        (scheduled,) = [event for event in execution.to_history_output()["events"] if event["type"] == "TaskScheduled"]
+        assert json.loads(scheduled["taskScheduledEventDetails"]["parameters"]) == request
+
+
+@pytest.mark.parametrize("reasons", [["AlgorithmError: learning_rate=-1 is too small, exit code: 1"], []])
+def test_a_failed_search_is_explained_by_its_first_failed_trial(reasons: list[str]):
+    """The pipeline's own states, under the interpreter that runs them here."""
+    context = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
+    states = definition(load(Context(context)))["States"]
+    name = {"HyperParameterTuningJobName": "t"}
+    machine = {
+        "Tune": {**states["Tune"], "Arguments": name},
+        **{state: states[state] for state in ("TrialsFailed", "ReadTrialFailure")},
+        "CapacityMissing": {"Type": "Fail", "Error": "{% $failure.state & 'Failed' %}", "Cause": "{% $failure.cause %}"},
+        "Train": {"Type": "Succeed"},
+    }
+    described = {**name, "HyperParameterTuningJobStatus": "Failed", "FailureReason": "No training job succeeded"}
+    answers = {
+        "create_hyper_parameter_tuning_job": {},
+        "describe_hyper_parameter_tuning_job": described,
+        "list_training_jobs_for_hyper_parameter_tuning_job": {
+            "TrainingJobSummaries": [{"TrainingJobName": "t-001", "FailureReason": why} for why in reasons]
+        },
+    }
+    execution, calls = run(machine, answers)
+    asked = {**name, "StatusEquals": "Failed", "SortBy": "CreationTime", "SortOrder": "Ascending", "MaxResults": 1}
+    assert calls[-1] == ("list_training_jobs_for_hyper_parameter_tuning_job", asked)
+    assert execution.error == "TuneFailed"
+    if reasons:
+        assert execution.cause == f"Trial t-001: {reasons[0]}"
+    else:
+        assert json.loads(execution.cause)["FailureReason"] == "No training job succeeded"
 
 
 @pytest.mark.parametrize(

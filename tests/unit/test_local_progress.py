@@ -191,7 +191,7 @@ def test_an_execution_is_followed_line_by_line(tmp_path: Path, capsys: pytest.Ca
     log.parent.mkdir()
     log.write_text(f"{EPOCH}\n")
     trials = [
-        trial(2, "Failed", batch_size="128", learning_rate="0.05"),
+        trial(2, "Failed", batch_size="128", learning_rate="0.05") | {"FailureReason": "AlgorithmError: too large, exit code: 1"},
         trial(1, "Completed", 0.9312, batch_size="64", learning_rate="0.0123456", sagemaker_program="hpo.py"),
     ]
     shown = follower(tmp_path, (HISTORY[:5], HISTORY[:7], HISTORY), SageMaker(trials))
@@ -200,7 +200,7 @@ def test_an_execution_is_followed_line_by_line(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines() == [
         "▸ Tune",
         "  trial 001: batch_size=64 learning_rate=0.01235 → objective 0.9312 (Completed)",
-        "  trial 002: batch_size=128 learning_rate=0.05 → no objective (Failed)",
+        "  trial 002: batch_size=128 learning_rate=0.05 → no objective (Failed: AlgorithmError: too large, exit code: 1)",
         "  Tune done in 8.0 s",
         "▸ Train",
         "  Train done in 5.5 s",

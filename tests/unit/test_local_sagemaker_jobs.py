@@ -213,6 +213,76 @@ def test_stopping_ends_the_whole_process_tree(cloud: FakeCloud, call: Client) ->
     assert gone(pid)
 
 
+SPOT = """
+import os, pathlib, signal, sys, time
+base = pathlib.Path(os.environ["SAGEMAKER_BASE_DIR"])
+count = base / "checkpoints" / "starts"
+starts = int(count.read_text()) + 1 if count.exists() else 1
+print(f"acc={starts} left={(base / 'work.txt').exists()}", flush=True)
+(base / "work.txt").write_text("of this machine")
+def last_words(*_):
+    count.write_text(str(starts))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, last_words)
+if starts == 1: time.sleep(60)
+(base / "model" / "starts").write_text(str(starts))
+"""
+
+
+@pytest.fixture(scope="module")
+def scarce(cloud: FakeCloud) -> Iterator[Client]:
+    """A SageMaker that takes spot machines away."""
+    service = SageMaker(cloud, Images(cloud), Settings(grace=5.0, sync_interval=0.2, interrupt_after=1.0))
+    yield Client(service)
+    service.stop()
+
+
+def spot(cloud: FakeCloud, name: str, script: str, **more: Any) -> dict[str, Any]:
+    request = training(cloud, name, "", StoppingCondition={"MaxRuntimeInSeconds": 30, "MaxWaitTimeInSeconds": 60}, **more)
+    request["AlgorithmSpecification"] |= {"ContainerEntrypoint": ["python", "-c"], "ContainerArguments": [script]}
+    return {**request, "EnableManagedSpotTraining": True}
+
+
+def test_an_interrupted_spot_job_goes_on_with_its_checkpoints(cloud: FakeCloud, scarce: Client) -> None:
+    request = spot(cloud, "taken", SPOT, CheckpointConfig={"S3Uri": f"s3://{BUCKET}/spot/taken"})
+    scarce("CreateTrainingJob", **request)
+    end = wait(lambda: scarce("DescribeTrainingJob", TrainingJobName="taken"), "TrainingJobStatus", BUSY)
+    assert end["TrainingJobStatus"] == "Completed", end.get("FailureReason")
+    running = ["Starting", "Downloading", "Training"]
+    found = [item["Status"] for item in end["SecondaryStatusTransitions"]]
+    assert found == [*running, "Interrupted", *running, "Uploading", "Completed"]
+    assert cloud.get("spot/taken/starts") == b"1"
+    log = (cloud.root / "logs" / "training" / "taken.log").read_text()
+    assert "acc=1 left=False" in log
+    assert "acc=2 left=False" in log, "a new machine has nothing but what S3 gives it"
+    assert [item["Value"] for item in end["FinalMetricDataList"]] == [2.0]
+    assert names(cloud.get("out/taken/output/model.tar.gz")) == ["starts"]
+    start = end["SecondaryStatusTransitions"][2]["StartTime"]
+    assert abs((end["TrainingStartTime"] - start).total_seconds()) < 0.5, "training started when it first started"
+
+
+@pytest.mark.parametrize("without", ["checkpoints", "spot"])
+def test_only_spot_jobs_with_checkpoints_lose_their_machine(cloud: FakeCloud, scarce: Client, without: str) -> None:
+    request = spot(cloud, f"kept-{without}", "import time; time.sleep(2)", CheckpointConfig={"S3Uri": f"s3://{BUCKET}/spot/kept"})
+    if without == "checkpoints":
+        request.pop("CheckpointConfig")
+    else:
+        request |= {"EnableManagedSpotTraining": False, "StoppingCondition": {"MaxRuntimeInSeconds": 30}}
+    scarce("CreateTrainingJob", **request)
+    end = wait(lambda: scarce("DescribeTrainingJob", TrainingJobName=request["TrainingJobName"]), "TrainingJobStatus", BUSY)
+    assert end["TrainingJobStatus"] == "Completed"
+    assert "Interrupted" not in [item["Status"] for item in end["SecondaryStatusTransitions"]]
+
+
+def test_a_job_runs_no_longer_for_having_been_interrupted(cloud: FakeCloud, scarce: Client) -> None:
+    request = spot(cloud, "spent", "import time; time.sleep(60)", CheckpointConfig={"S3Uri": f"s3://{BUCKET}/spot/spent"})
+    request["StoppingCondition"] = {"MaxRuntimeInSeconds": 2, "MaxWaitTimeInSeconds": 60}
+    scarce("CreateTrainingJob", **request)
+    end = wait(lambda: scarce("DescribeTrainingJob", TrainingJobName="spent"), "TrainingJobStatus", BUSY)
+    assert end["SecondaryStatus"] == "MaxRuntimeExceeded"
+    assert "Interrupted" in [item["Status"] for item in end["SecondaryStatusTransitions"]]
+
+
 def test_max_runtime_stops_the_job(cloud: FakeCloud, call: Client) -> None:
     call("CreateTrainingJob", **slow(cloud, "late", StoppingCondition={"MaxRuntimeInSeconds": 1}))
     end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="late"), "TrainingJobStatus", BUSY)
