@@ -19,7 +19,7 @@ STAGE ?= dev
 export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run test test-all check synth lock clean versions
+.PHONY: help run test test-all bench bench-training bench-preparation check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,14 @@ test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among the
 
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
+
+bench: bench-preparation bench-training  ## all benchmarks, and the tables of the documents made from them
+
+bench-training: $(VENV)/.bench  ## loaders, steps, tuning and accuracy against named peers (an hour on two cores)
+	@$(VENV)/bin/python bench/training.py && $(VENV)/bin/python bench/tables.py --write
+
+bench-preparation: $(VENV)/.bench  ## time, processors and memory of prepare.py as the data grow
+	@$(VENV)/bin/python bench/preparation.py && $(VENV)/bin/python bench/tables.py --write
 
 check: $(VENV)/.test  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -78,7 +86,11 @@ $(VENV)/.run: uv.lock pyproject.toml | $(UV)
 
 $(VENV)/.test: uv.lock pyproject.toml | $(UV)
 	@echo "Setting up (once): the locked Python packages, the tests' among them"
-	@$(UV) sync --quiet --frozen --inexact --all-groups --python $(PYTHON) && touch $@ $(VENV)/.run
+	@$(UV) sync --quiet --frozen --inexact --all-groups --no-group bench --python $(PYTHON) && touch $@ $(VENV)/.run
+
+$(VENV)/.bench: uv.lock pyproject.toml | $(UV)
+	@echo "Setting up (once): the locked Python packages, the benchmarks' peers among them"
+	@$(UV) sync --quiet --frozen --inexact --all-groups --python $(PYTHON) && touch $@ $(VENV)/.test $(VENV)/.run
 
 $(CLI): package-lock.json | versions
 	@echo "Setting up (once): the pinned AWS CDK command line"
