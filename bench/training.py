@@ -1,10 +1,11 @@
-"""Benchmarks of training: `make bench-training`, or `python bench/training.py input|step|tuning|accuracy …`.
+"""Benchmarks of training: `make bench-training`, or `python bench/training.py input|step|tuning|backbones|accuracy …`.
 
 Each part is a section of bench/results/training.json, measured against named peers in one run:
 
 - ``input``: pictures/s into the model, from source pictures of two sizes, against torchvision's reference loader and DALI.
 - ``step``: training steps with real input against the same network on data in memory; bf16 channels_last against eager fp32.
 - ``tuning``: ten trials of five epochs on cached features, against trials that pass through the backbone.
+- ``backbones``: what a step of each documented backbone costs.
 - ``accuracy``: every recipe on dogs-120 (needs $REAL_DATA) against torchvision's reference recipe at equal epochs and a linear
   probe. Everything is chosen on valid; test is read once a recipe, at its end.
 """
@@ -31,6 +32,7 @@ import harness  # noqa: E402
 import peers  # noqa: E402
 import pictures  # noqa: E402
 
+PARTS = ("input", "step", "tuning", "backbones", "accuracy")
 WORKERS = 2
 BATCH = 64
 BUILD = ROOT / "build" / "bench"
@@ -411,8 +413,9 @@ def keep(name: str, row: dict[str, Any]) -> None:
     whole = harness.read("training") if path.is_file() else {"name": "training", "sections": {}}
     rows = whole["sections"].get("accuracy", {}).get("recipes", {})
     rows[name] = row
-    found = {"kind": "accuracy", "date": harness.today(), "machine": harness.machine(), "recipes": rows}
-    whole["sections"]["accuracy"] = found
+    columns = ["recipe", "epochs", "best valid top1", "test top1", "test top5", "seconds"]
+    cells = [[key, len(r["valid_top1"]), max(r["valid_top1"]), r["test_top1"], r.get("test_top5"), r["seconds"]] for key, r in rows.items()]
+    whole["sections"]["accuracy"] = {**harness.plain(columns, cells), "recipes": rows}
     harness.write(whole)
     curves(rows)
     best = max(row["valid_top1"])
@@ -443,23 +446,63 @@ def curves(rows: dict[str, Any]) -> None:
     figure.savefig(ROOT / "docs" / "img" / "recipes.svg", metadata={"Date": None})
 
 
+# --- (e) backbones -----------------------------------------------------------------------------------------------------------
+
+BACKBONES = ("mobilenet_v2", "resnet18", "resnet50", "convnext_tiny", "efficientnet_v2_s", "swin_t", "vit_b_16")
+
+
+def bench_backbones(count: int) -> None:
+    """Section ``backbones``: what a step costs, beside torchvision's published accuracy; data in memory, batch 16."""
+    import torch
+    from classifier.batches import Batch
+    from classifier.serving import Preprocessing
+    from torchvision import models
+
+    torch.set_num_threads(WORKERS)
+    inputs = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    batch = Batch(inputs, torch.randint(0, 120, (16,)), 16)
+    rows = []
+    for backbone in BACKBONES:
+        meta = models.get_model_weights(backbone).DEFAULT.meta
+        made = trainer(backbone, "bf16", Preprocessing.of(224))
+        steps(made, lambda: iter([batch] * 1), 1)()  # the first step is slower
+        started = time.perf_counter()
+        seen = steps(made, lambda: iter([batch] * count), count)()
+        pace = seen / (time.perf_counter() - started)
+        rows.append([backbone, meta["num_params"] / 1e6, meta["_ops"], meta["_metrics"]["ImageNet-1K"]["acc@1"], pace])
+        print(rows[-1], flush=True)
+    columns = ["backbone", "million weights", "GMACs", "ImageNet top1, % (published)", "training, pictures/s"]
+    rows_section("backbones", columns, rows)
+
+
+def rows_section(name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """A section that is a plain table."""
+    path = harness.RESULTS / "training.json"
+    whole = harness.read("training") if path.is_file() else {"name": "training", "sections": {}}
+    whole["sections"][name] = harness.plain(columns, rows)
+    harness.write(whole)
+    print(harness.table(whole["sections"][name]), flush=True)
+
+
 def main() -> None:
     """Run the parts that are named, all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=("input", "step", "tuning", "accuracy", []), default=[])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of input and step")
     parser.add_argument("--steps", type=int, default=6, help="steps a round")
     parser.add_argument("--views", type=int, default=4, help="views of each training picture in the cached features")
     names = [*RECIPES, "torchvision reference", "linear probe"]
     parser.add_argument("--recipes", nargs="*", choices=names, default=names, help="rows of accuracy")
     flags = parser.parse_args()
-    parts = flags.parts or ["input", "step", "tuning", "accuracy"]
+    parts = flags.parts or PARTS
     if "input" in parts:
         bench_input(flags.rounds)
     if "step" in parts:
         bench_step(flags.rounds, flags.steps)
     if "tuning" in parts:
         bench_tuning()
+    if "backbones" in parts:
+        bench_backbones(flags.steps)
     if "accuracy" in parts:
         bench_accuracy(flags.recipes, flags.views)
 

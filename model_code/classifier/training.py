@@ -163,7 +163,7 @@ def _network(config: TrainingConfig, info: DatasetInfo) -> tuple[nn.Module, Trai
     changes: dict[str, Any] = {"recipe": "head", "epochs": config.probe_epochs, "learning_rate": config.probe_learning_rate}
     plain: dict[str, Any] = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "ema_decay": 0.0, "compile": False, "accumulation_steps": 1}
     probe = _features_run(replace(config, **changes, **plain), info)
-    history = fit(probe)
+    history = fit(probe, say=lambda _: None)  # its epochs are not those that the job's metrics count
     say(f"linear probe ended with top1_on_valid={max(row['valid_top1'] for row in history):.4f}")
     found = probe.config
     config = replace(config, backbone=found.backbone, image_size=found.image_size, resize_size=found.resize_size)
@@ -281,9 +281,10 @@ class Run:
     best: Best
     best_state: dict[str, Tensor]
     history: list[dict[str, Any]]
+    say: Callable[[str], None]
 
     @classmethod
-    def begin(cls, setup: Setup) -> Run:
+    def begin(cls, setup: Setup, say: Callable[[str], None] = say) -> Run:
         """A run before its first step."""
         trainer = Trainer(
             setup.network,
@@ -294,7 +295,7 @@ class Run:
             setup.info.num_classes,
             len(setup.train),
         )
-        return cls(setup, trainer, Position(), Best(), copy.deepcopy(trainer.judged.state_dict()), [])
+        return cls(setup, trainer, Position(), Best(), copy.deepcopy(trainer.judged.state_dict()), [], say)
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint holds beside the random generators."""
@@ -320,7 +321,7 @@ class Run:
         if saved is None:
             return
         if saved.get("identity") != self._identity():
-            say("note: the checkpoint belongs to other hyperparameters, data or processes; training starts from the first epoch")
+            self.say("note: the checkpoint belongs to other hyperparameters, data or processes; training starts from the first epoch")
             return
         self.trainer.load_state_dict(saved["trainer"])
         self.trainer.precision = self.setup.precision = saved["precision"]
@@ -330,7 +331,7 @@ class Run:
             self.position.sums = torch.zeros_like(self.position.sums)  # the main process holds the sums of all
         self.best, self.best_state, self.history = Best(**saved["best"]), saved["best_state"], saved["history"]
         checkpoint.restore_random(saved["random"][distributed.rank()])
-        say(f"resumed in epoch {self.position.epoch + 1} of {self.setup.config.epochs} after step {self.position.step}")
+        self.say(f"resumed in epoch {self.position.epoch + 1} of {self.setup.config.epochs} after step {self.position.step}")
 
 
 def loss_of(setup: Setup) -> nn.CrossEntropyLoss:
@@ -349,13 +350,14 @@ def fit(
     checkpoints: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = say,
 ) -> list[dict[str, Any]]:
     """Train and leave the best weights (valid top1, then valid loss) in ``setup.network``; returns the history as JSON.
 
     With ``checkpoints`` the run is saved there and, when it was interrupted, goes on at the step after the last checkpoint.
     ``on_step`` gets epoch and step, from 0. Raises SystemExit 143 after a notice of interruption.
     """
-    run, observer = Run.begin(setup), observer or Silent()
+    run, observer = Run.begin(setup, say), observer or Silent()
     if checkpoints:
         run.resume(checkpoints)
     # Only now: the moving average has copied the network, and hooks must not be copied.
@@ -395,7 +397,7 @@ def _interrupted(run: Run, notice: checkpoint.Notice) -> bool:
 def _patience_is_over(run: Run) -> bool:
     over = 0 < run.setup.config.early_stopping_patience <= run.position.epoch - run.best.epoch
     if over:
-        say(f"stopped early: no better valid top1 since epoch {run.best.epoch}")
+        run.say(f"stopped early: no better valid top1 since epoch {run.best.epoch}")
     return over
 
 
@@ -403,7 +405,7 @@ def _one_epoch(run: Run, observer: Observer, after_step: Callable[[], None]) -> 
     """Train to the end of the epoch, judge, remember the best."""
     started = time.monotonic()
     rate = float(run.trainer.optimizer.param_groups[0]["lr"])
-    train = train_one_epoch(run.trainer, run.setup.train, run.position, observer=observer, after_step=after_step, say=say)
+    train = train_one_epoch(run.trainer, run.setup.train, run.position, observer=observer, after_step=after_step, say=run.say)
     valid = evaluate(run.trainer, run.setup.valid, observer=observer)
     number = run.position.epoch + 1
     if valid.top1 > run.best.top1 or (valid.top1 == run.best.top1 and valid.loss < run.best.loss):
@@ -412,7 +414,7 @@ def _one_epoch(run: Run, observer: Observer, after_step: Callable[[], None]) -> 
     entry = Epoch(number, train, valid, run.best.top1, rate, time.monotonic() - started)
     run.position = Position(epoch=number)
     run.history.append(entry.to_json())
-    say(entry.line(run.setup.config.epochs))
+    run.say(entry.line(run.setup.config.epochs))
     return entry
 
 
