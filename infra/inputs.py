@@ -6,6 +6,7 @@ Every check is a condition and the sentence a user reads when it does not hold; 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from infra import code
 from infra.config import (
@@ -59,7 +60,10 @@ def merge(config: StageConfig) -> str:
 
 def _check_defaults(config: StageConfig) -> None:
     """Found when the stage is synthesised rather than in its first execution."""
-    groups = {"hyperparameters": config.input.hyperparameters, "tuning.ranges": config.input.tuning.ranges}
+    groups: dict[str, Iterable[str]] = {
+        "hyperparameters": config.input.hyperparameters,
+        "tuning.ranges": config.input.tuning.ranges,
+    }
     for group, given in groups.items():
         for name in given:
             if name not in _known_hyperparameters():

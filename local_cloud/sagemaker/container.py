@@ -244,6 +244,8 @@ class ContainerJob(ABC):
         try:
             return self._execute(image, session)
         except _InterruptedError:
+            if self._shutdown:
+                return None
             self._sync(final=True)
         self.say("the spot machine was taken away; starting again with the checkpoints")
         self.on_interrupted()
