@@ -281,7 +281,9 @@ def epoch_through_backbone(dataset: Path, precision: str, source: Path | None) -
         parameter.requires_grad_(name.startswith(model.head_name(network)))
     loss = nn.CrossEntropyLoss()
     made = engine.Trainer(network, settings, preprocessing, precision, loss, info.num_classes, 100)
-    train = PictureBatches(load_split(info, "train", training_side(info, 224)), preprocessing, settings, train=True, workers=WORKERS)
+    train = PictureBatches(
+        load_split(info, "train", training_side(info, 224)), preprocessing, settings, train=True, workers=WORKERS
+    )
     valid = PictureBatches(load_split(info, "valid", 224), preprocessing, settings, train=False, workers=WORKERS)
     started = time.perf_counter()
     if source is None:
@@ -414,7 +416,10 @@ def keep(name: str, row: dict[str, Any]) -> None:
     rows = whole["sections"].get("accuracy", {}).get("recipes", {})
     rows[name] = row
     columns = ["recipe", "epochs", "best valid top1", "test top1", "test top5", "seconds"]
-    cells = [[key, len(r["valid_top1"]), max(r["valid_top1"]), r["test_top1"], r.get("test_top5"), r["seconds"]] for key, r in rows.items()]
+    cells = [
+        [key, len(r["valid_top1"]), max(r["valid_top1"]), r["test_top1"], r.get("test_top5"), r["seconds"]]
+        for key, r in rows.items()
+    ]
     whole["sections"]["accuracy"] = {**harness.plain(columns, cells), "recipes": rows}
     harness.write(whole)
     curves(rows)

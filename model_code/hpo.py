@@ -17,9 +17,10 @@ def main(argv: list[str]) -> None:
     from classifier import distributed, training
 
     setup = training.prepare_run(config)
-    checkpoints = base_dir() / "checkpoints"
-    # SageMaker makes the folder when the trial is given a CheckpointConfig: on spot machines.
-    history = training.fit(setup, checkpoints=checkpoints if checkpoints.is_dir() else None)
+    # SageMaker makes the folder when the trial is given a CheckpointConfig: on spot machines. Trials may share its place in S3.
+    folder = base_dir() / "checkpoints"
+    checkpoints = folder / os.environ.get("TRAINING_JOB_NAME", "trial") if folder.is_dir() else None
+    history = training.fit(setup, checkpoints=checkpoints)
     if distributed.is_main():
         folder = Path(os.environ.get("SM_MODEL_DIR", str(base_dir() / "model")))
         folder.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,9 @@ class Catalogue:
 
     def places(self) -> dict[str, tuple[str, str]]:
         """``(split, class)`` by name: for small sources, since it holds them all."""
-        return {name: (split, folder) for name, split, folder in self._rows("SELECT name, split, folder FROM files WHERE split <> ''")}
+        return {
+            name: (split, folder) for name, split, folder in self._rows("SELECT name, split, folder FROM files WHERE split <> ''")
+        }
 
     def tasks(self, host: int) -> Iterator[Task]:
         """This host's files, in the order of the listing."""

@@ -36,13 +36,14 @@ def write_failure(reason: str) -> None:
     """Leave ``reason`` where SageMaker looks for it.
 
     Training jobs read ``output/failure`` (the toolkit writes it only when it does not exist yet, so ours wins);
-    processing jobs read ``output/message``.
+    processing jobs read ``output/message``. Of several processes the first one's reason stays: the others fail of its absence.
     """
     output = Path(os.environ.get("SM_OUTPUT_DIR", str(base_dir() / "output")))
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in ("failure", "message"):
-            (output / name).write_text(reason[:MAX_REASON], encoding="utf-8")
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not (output / name).exists():
+                (output / name).write_text(reason[:MAX_REASON], encoding="utf-8")
     except OSError as problem:  # outside a container there may be no such folder; the line on stderr remains
         print(f"note: {output} is not writable ({problem.strerror})", file=sys.stderr)
 

@@ -321,7 +321,9 @@ class Run:
         if saved is None:
             return
         if saved.get("identity") != self._identity():
-            self.say("note: the checkpoint belongs to other hyperparameters, data or processes; training starts from the first epoch")
+            self.say(
+                "note: the checkpoint belongs to other hyperparameters, data or processes; training starts from the first epoch"
+            )
             return
         self.trainer.load_state_dict(saved["trainer"])
         self.trainer.precision = self.setup.precision = saved["precision"]
