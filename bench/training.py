@@ -101,7 +101,7 @@ def ours(dataset: Path, place: str, *, normalised: bool = False) -> peers.Epoch:
 def loaded(source: Path, dataset: Path) -> dict[str, peers.Epoch]:
     """All loaders on one source. ``train`` of the prepared set holds 70 % of the pictures: rates, not times, are compared."""
     shards = sorted((dataset / "shards").glob("train-*.tar"))
-    found = {
+    return {
         "reference: DataLoader, Pillow, v1 transforms, source files": peers.reference_loader(source, WORKERS, BATCH),
         "DALI, source files": peers.dali_loader(source, WORKERS, BATCH),
         "DALI, prepared shards": peers.dali_shards_loader(shards, WORKERS, BATCH),
@@ -111,7 +111,6 @@ def loaded(source: Path, dataset: Path) -> dict[str, peers.Epoch]:
         "ours, decoded cache, normalised to float32": ours(dataset, "memory", normalised=True),
         "limit: decode source files only": peers.decode_only(peers.pictures_of(source), WORKERS),
     }
-    return found
 
 
 def bench_input(rounds: int) -> None:
