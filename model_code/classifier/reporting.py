@@ -240,7 +240,7 @@ def _pairs_html(pairs: list[dict[str, Any]], folder: Path) -> str:
         names = {"expected": pair["expected"], "said": pair["said"]}
         wrong = "".join(_image(folder, e["file"], f"said with probability {e['probability']:.2f}") for e in pair["examples"])
         right = {name: _image(folder, pair["references"].get(name), f"{label}, classified right") for name, label in names.items()}
-        cells = [f"{_e(label)}{right[name]}" for name, label in names.items()]
+        cells = [f"{_e(label)}<br>{right[name]}" for name, label in names.items()]
         share = f"{pair['count']}<small>{pair['share']:.0%} of the class</small>"
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (cells[0], wrong, cells[1], share)) + "</tr>")
     head = "<tr><th>true class<th>taken for the other<th>predicted class<th>pictures</tr>"

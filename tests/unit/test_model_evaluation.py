@@ -185,6 +185,7 @@ def test_what_the_evaluation_says(job: evaluation.EvaluateFlags):
     assert summary["top1"] == test["top1"] == pytest.approx(8 / 12)
     assert [summary["top1_low"], summary["top1_high"]] == test["top1_interval"]
     assert test["top1_interval"][0] < 8 / 12 < test["top1_interval"][1]
+    assert test["top5_interval"] == [1.0, 1.0]  # of three classes
     assert summary["ece"] == test["ece_after"]
     assert found["macro"]["recall"] == pytest.approx((0.75 + 0.5 + 0.75) / 3)
     assert (folder / "summary.json").stat().st_size < 4096
