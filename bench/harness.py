@@ -105,23 +105,47 @@ def write(found: Json, folder: Path = RESULTS) -> Path:
 
 
 def read(name: str, folder: Path = RESULTS) -> Json:
-    """Read a record back. Raises FileNotFoundError."""
-    found: Json = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    """Read a record back; ``training/input`` is the section ``input`` of training.json. Raises FileNotFoundError or KeyError."""
+    file, _, section = name.partition("/")
+    found: Json = json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))
+    return found["sections"][section] if section else found
+
+
+def plain(columns: list[str], rows: list[list[Any]], **facts: Any) -> Json:
+    """A record that is a table already: texts and numbers, a row each."""
+    date = datetime.now(UTC).date().isoformat()
+    return {"columns": columns, "rows": rows, "date": date, "machine": machine(), **facts}
 
 
 def table(found: Json) -> str:
-    """The record as Markdown: a row a peer, two columns a case; a line on the machine below."""
+    """The record as Markdown: a row a peer, two columns a case (or the rows of a plain one); a line on the machine below."""
+    if "rows" in found:
+        lines = [_row(found["columns"]), _row(["---", *["---:"] * (len(found["columns"]) - 1)])]
+        lines += [_row([_plain_cell(cell) for cell in row]) for row in found["rows"]]
+        return "\n".join([*lines, "", _foot(found, "Measured")])
     cases, unit = found["cases"], found["unit"]
     head = [unit, *(title for case in cases for title in (case, "ratio"))]
     lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
     for peer in dict.fromkeys(peer for case in cases.values() for peer in case):
         cells = [cell for case in cases.values() for cell in _cells(case.get(peer))]
         lines.append(_row([peer, *cells]))
+    return "\n".join([*lines, "", _foot(found, "Medians of interleaved rounds")])
+
+
+def _foot(found: Json, how: str) -> str:
+    """How, when and where it was measured."""
     where = found["machine"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torchvision") if name in where["versions"])
-    foot = f"Medians of interleaved rounds, {found['date']}; {where['cpu']}, {where['cores']} cores; {versions}."
-    return "\n".join([*lines, "", foot.replace("; .", ".")])
+    return f"{how}, {found['date']}; {where['cpu']}, {where['cores']} cores; {versions}.".replace("; .", ".")
+
+
+def _plain_cell(value: Any) -> str:
+    """Numbers with what a reader needs of them."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 def _row(cells: list[str]) -> str:

@@ -36,7 +36,7 @@ def pictures_of(folder: Path) -> list[Path]:
     return found
 
 
-def reference_loader(folder: Path, workers: int, batch_size: int, *, persistent: bool = True) -> Epoch:
+def reference_batches(folder: Path, workers: int, batch_size: int, *, persistent: bool = True) -> Any:
     """The input of pytorch/vision, references/classification (train.py and presets.ClassificationPresetTrain) at its defaults.
 
     ImageFolder, Pillow, transforms v1, a RandomSampler, DataLoader with workers and the default collate. One thing is in its
@@ -53,7 +53,7 @@ def reference_loader(folder: Path, workers: int, batch_size: int, *, persistent:
         transforms.Normalize(mean=MEAN, std=STD),
     ]
     dataset = datasets.ImageFolder(str(folder), transforms.Compose(steps))
-    loader: Any = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=torch.utils.data.RandomSampler(dataset),
@@ -61,6 +61,11 @@ def reference_loader(folder: Path, workers: int, batch_size: int, *, persistent:
         pin_memory=torch.cuda.is_available(),
         persistent_workers=persistent and workers > 0,
     )
+
+
+def reference_loader(folder: Path, workers: int, batch_size: int, *, persistent: bool = True) -> Epoch:
+    """An epoch of ``reference_batches``."""
+    loader = reference_batches(folder, workers, batch_size, persistent=persistent)
     return lambda: sum(len(images) for images, _ in loader)
 
 

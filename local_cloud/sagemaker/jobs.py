@@ -106,7 +106,7 @@ class TrainingJob(ContainerJob):
 
     def prepare(self) -> None:
         self._transition("Downloading", "Downloading input data")
-        for folder in ("input/config", "input/data", "model", "output/data", "checkpoints"):
+        for folder in ("input/config", "input/data", "model", "output/data"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         self._write_configs()
         for channel in self.request.get("InputDataConfig", []):

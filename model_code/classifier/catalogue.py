@@ -132,9 +132,8 @@ class Catalogue:
 
     def places(self) -> dict[str, tuple[str, str]]:
         """``(split, class)`` by name: for small sources, since it holds them all."""
-        return {
-            name: (split, folder) for name, split, folder in self._rows("SELECT name, split, folder FROM files WHERE split <> ''")
-        }
+        rows = self._rows("SELECT name, split, folder FROM files WHERE split IS NOT NULL")
+        return {name: (split, folder) for name, split, folder in rows}
 
     def tasks(self, host: int) -> Iterator[Task]:
         """This host's files, in the order of the listing."""

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from classifier import catalogue, layout, lookalikes, pictures, sources, storage
 from classifier.catalogue import Catalogue, Shard
 from classifier.errors import ConfigError, DataError, one_line
@@ -138,6 +140,8 @@ def look(source: sources.Source, table: Catalogue, flags: PrepareFlags, host: in
 
 _PART = "records.parquet"
 _LISTING = b"listing"
+_OPTIONAL = ("reason", "dhash", "phash")
+"""Fields of Found that may be None; Parquet holds them as empty."""
 
 
 def _part_schema(listing: str) -> Any:
@@ -157,10 +161,8 @@ def _write_rows(path: Path, schema: Any, rows: Iterable[Sequence[Any]]) -> None:
         batch: list[Sequence[Any]] = []
 
         def flush() -> None:
-            columns = list(zip(*batch, strict=True)) or [()] * len(schema)
-            writer.write_table(
-                pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema)
-            )
+            columns = zip(zip(*batch, strict=True), schema.types, strict=True)
+            writer.write_batch(pa.RecordBatch.from_arrays([_column(values, kind) for values, kind in columns], schema=schema))
             batch.clear()
 
         for row in rows:
@@ -169,6 +171,21 @@ def _write_rows(path: Path, schema: Any, rows: Iterable[Sequence[Any]]) -> None:
                 flush()
         if batch:
             flush()
+
+
+def _column(values: Sequence[Any], kind: Any) -> Any:
+    """Numbers, texts or bytes as an Arrow column; None becomes 0 or empty.
+
+    ``pyarrow.array`` would do, but it imports pandas where that is installed: more than a second in which one processor works.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_integer(kind):
+        numbers = np.array([value or 0 for value in values], dtype=str(kind))
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(numbers.tobytes())])
+    parts = [value.encode() if isinstance(value, str) else value or b"" for value in values]
+    ends = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int32)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(ends.tobytes()), pa.py_buffer(b"".join(parts))])
 
 
 def share(table: Catalogue, hosts: Hosts, work: Path) -> None:
@@ -186,7 +203,8 @@ def share(table: Catalogue, hosts: Hosts, work: Path) -> None:
             if part.schema_arrow.metadata[_LISTING].decode() != listing:
                 raise DataError(f"instance {host} found other files than this one: the source changed meanwhile, start again")
             for batch in part.iter_batches(ROW_GROUP):
-                table.add(Found(*row.values()) for row in batch.to_pylist())
+                rows = batch.to_pylist()
+                table.add(Found(**{**row, **{name: row[name] or None for name in _OPTIONAL}}) for row in rows)
 
     hosts.collect(_PART, work, use)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from botocore.validate import ParamValidator
 from infra import requests
 from infra.config import ConfigError, StageConfig, load, merged
 from infra.pipeline import definition
+from infra.roles import READS, WRITES
 from local_cloud.interpreter import QueryError, evaluate_jsonata
 
 ROOT_CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
@@ -779,6 +781,17 @@ def test_sources_reach_the_job_as_uris(given: Any, source: str):
     assert last == "Done"
     arguments = machine.requests["PrepareData"]["AppSpecification"]["ContainerArguments"]
     assert arguments[arguments.index("--source") + 1] == source
+
+
+def test_instances_of_preparation_meet_in_a_folder_that_their_role_reaches():
+    machine, _, _ = walk({})
+    arguments = machine.requests["PrepareData"]["AppSpecification"]["ContainerArguments"]
+    uri = arguments[arguments.index("--exchange_uri") + 1]
+    # The digits are those of the job's name, so a retry meets elsewhere.
+    number = machine.requests["PrepareData"]["ProcessingJobName"].rsplit("-", 1)[-1]
+    assert re.fullmatch(rf"s3://{BUCKET}/runs/[^/]+/prepare-parts/{number}", uri)
+    for grants in (READS, WRITES):
+        assert any(fnmatch(f"{uri}/algo-1.done".removeprefix(f"s3://{BUCKET}/"), key) for key in grants["PrepareRole"])
 
 
 def test_groups_of_fields_are_merged_with_their_defaults():

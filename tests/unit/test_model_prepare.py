@@ -14,15 +14,17 @@ import sys
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from classifier import preparation, serving, sources, workforce
+from botocore.exceptions import ClientError
+from classifier import preparation, serving, sources, storage, workforce
 from classifier.catalogue import Catalogue
 from classifier.dataset import load_split, read_info
 from classifier.errors import ConfigError, DataError
@@ -702,9 +704,8 @@ def test_two_instances_make_the_data_set_of_one(tmp_path: Path, kind: str):
         command = [sys.executable, str(MODEL_CODE / "prepare.py"), *(w for k, v in arguments.items() for w in (f"--{k}", v))]
         environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(_instance(tmp_path, host, hosts))}
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in running]
+    assert [status for _, status in ended] == [0, 0], ended
     for host in hosts:  # what SageMaker does when the job has ended
         shutil.copytree(tmp_path / host / "output", tmp_path / "joined", dirs_exist_ok=True)
     alone, report = _results(tmp_path / "one")
@@ -732,6 +733,68 @@ def test_an_instance_that_is_not_heard_of_or_failed_is_named(tmp_path: Path, mon
     (tmp_path / "exchange" / "algo-2.failed").write_text("the disk is full")
     with pytest.raises(DataError, match="instance algo-2 failed: the disk is full"):
         prepare(flags(root.as_uri(), tmp_path, **exchange))
+
+
+class _Bucket:
+    """The few calls of S3 that preparation makes, on a dictionary."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+
+    def get_paginator(self, _: str) -> _Bucket:
+        return self
+
+    def paginate(self, Bucket: str, Prefix: str) -> Iterator[dict[str, Any]]:  # noqa: N803
+        for key in sorted(self.objects):
+            if key.startswith(Prefix):
+                yield {"Contents": [{"Key": key, "Size": len(self.objects[key]), "ETag": f'"{zlib.crc32(self.objects[key])}"'}]}
+
+    def _object(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise ClientError({"Error": {"Code": "404"}}, "GetObject")
+        return self.objects[key]
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:  # noqa: N803
+        return {"Body": io.BytesIO(self._object(Key))}
+
+    def head_object(self, Bucket: str, Key: str) -> dict[str, Any]:  # noqa: N803
+        return {"ContentLength": len(self._object(Key)), "ETag": '"x"'}
+
+    def download_file(self, bucket: str, key: str, path: str) -> None:
+        Path(path).write_bytes(self._object(key))
+
+    def upload_file(self, path: str, bucket: str, key: str) -> None:
+        self.objects[key] = Path(path).read_bytes()
+
+
+def test_a_prefix_of_s3_gives_the_same_data_set_as_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = write_folder(tmp_path / "pictures")
+    (root / "train" / "n02000000-breed_0" / "what?.png").write_bytes(picture(4000))
+    bucket = _Bucket({f"in/{path.relative_to(root)}": path.read_bytes() for path in root.rglob("*.png")})
+    monkeypatch.setattr(storage, "s3", lambda: bucket)
+    prepare(flags(root.as_uri(), tmp_path / "folder"))
+    prepare(flags("s3://pictures/in", tmp_path / "bucket"))
+    assert _results(tmp_path / "bucket")[0]["dataset_hash"] == _results(tmp_path / "folder")[0]["dataset_hash"]
+    prepare(flags("s3://pictures/in", tmp_path / "bucket"))
+    assert _results(tmp_path / "bucket")[0]["reused"] is True
+    bucket.objects["in/train/empty/"] = b""
+    with pytest.raises(DataError, match="class 'empty'"):
+        prepare(flags("s3://pictures/in/", tmp_path / "bucket"))
+    with pytest.raises(DataError, match="holds no objects"):
+        prepare(flags("s3://pictures/out/", tmp_path / "bucket"))
+
+
+def test_instances_meet_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bucket = _Bucket({})
+    monkeypatch.setattr(storage, "s3", lambda: bucket)
+    one, other = (Hosts(["algo-1", "algo-2"], number, "s3://pictures/parts/", 1) for number in range(2))
+    other.tell_text("done", "same")
+    heard: list[tuple[str, str]] = []
+    one.collect("done", tmp_path, lambda host, path: heard.append((host, path.read_text())))
+    assert heard == [("algo-2", "same")]
+    assert set(bucket.objects) == {"parts/algo-2.done"}
+    with pytest.raises(DataError, match="algo-1"):
+        other.collect("done", tmp_path, lambda *_: None)
 
 
 def test_one_instance_needs_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
