@@ -443,11 +443,12 @@ class Job:
         if not there:
             mine = [shard for shard in shards if shard.host == hosts.mine]
             write_shards(table, mine, folder / "shards", self._work, workforce)
-        hosts.tell_text("done", name)
+        done = f"{name} {'there' if there else 'written'}"
+        hosts.tell_text("done", done)
         if not hosts.first:
             print(f"instance {hosts.names[hosts.mine]} has done its share of data set {name}", flush=True)
             return
-        hosts.collect("done", self._work, lambda host, path: _same_decision(name, host, path))
+        hosts.collect("done", self._work, lambda host, path: _same_decision(done, host, path))
         self._describe(name, classes, shards, there, build_report(table, flags, classes, split, notes), key)
 
     def _describe(
@@ -508,10 +509,10 @@ def _description(name: str, classes: list[str], shards: list[Shard], counts: dic
     }
 
 
-def _same_decision(name: str, host: str, path: Path) -> None:
+def _same_decision(ours: str, host: str, path: Path) -> None:
     theirs = path.read_text(encoding="utf-8")
-    if theirs != name:
-        raise DataError(f"instance {host} made data set {theirs}, this one {name}: their code differs, start the job again")
+    if theirs != ours:
+        raise DataError(f"instance {host} came to {theirs!r}, this one to {ours!r}: the store or the code changed, start again")
 
 
 def prepare(flags: PrepareFlags) -> None:
