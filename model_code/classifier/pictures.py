@@ -152,6 +152,12 @@ def looks(picture: Image.Image) -> tuple[bytes, bytes] | tuple[None, None]:
     return np.packbits(difference).tobytes(), np.packbits(imagehash.phash(grey, HASH_SIDE).hash).tobytes()
 
 
+def warm_up() -> None:
+    """Import what looks at pictures (half a second)."""
+    import imagehash  # noqa: F401
+    import scipy.fftpack  # noqa: F401 - imagehash imports it with the first perceptual hash
+
+
 @dataclass(frozen=True)
 class Worker:
     """Everything a process must know; sent along with every chunk (a few hundred bytes)."""

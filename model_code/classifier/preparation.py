@@ -94,6 +94,12 @@ class PrepareFlags:
 # --- reading ---------------------------------------------------------------------------------------------------------------
 
 
+def _counted(entries: Iterable[sources.Entry], workforce: Workforce) -> Iterator[sources.Entry]:
+    for number, entry in enumerate(entries, start=1):
+        workforce.expect(number)
+        yield entry
+
+
 def _tasks(source: sources.Source, table: Catalogue, host: int) -> Iterator[Task]:
     """This host's files; with their bytes where only this process can read them."""
     if source.reader() is not None:
@@ -422,12 +428,12 @@ class Job:
         if _reuse(flags, index_key(flags, known), hosts):
             return
         source = sources.open_source(flags.source, flags.hosts(), self._work)
-        split, notes = self._table.fill(source.entries(), flags.seed, len(hosts.names))
-        # Only now is a prefix known; and an archive may have changed between the question and the download.
-        key = index_key(flags, source.fingerprint())
-        if known is None and _reuse(flags, key, hosts):
-            return
-        with Workforce.for_pictures(self._table.count_tasks(hosts.mine)) as workforce:
+        with Workforce(pictures.warm_up) as workforce:
+            split, notes = self._table.fill(_counted(source.entries(), workforce), flags.seed, len(hosts.names))
+            # Only now is a prefix known; and an archive may have changed between the question and the download.
+            key = index_key(flags, source.fingerprint())
+            if known is None and _reuse(flags, key, hosts):
+                return
             look(source, self._table, flags, hosts.mine, self._work, workforce)
             share(self._table, hosts, self._work)
             decide(self._table, flags)
