@@ -12,8 +12,9 @@ import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -151,6 +152,12 @@ def looks(picture: Image.Image) -> tuple[bytes, bytes] | tuple[None, None]:
     return np.packbits(difference).tobytes(), np.packbits(imagehash.phash(grey, HASH_SIDE).hash).tobytes()
 
 
+def warm_up() -> None:
+    """Import what looks at pictures (half a second)."""
+    import imagehash  # noqa: F401
+    import scipy.fftpack  # noqa: F401 - imagehash imports it with the first perceptual hash
+
+
 @dataclass(frozen=True)
 class Worker:
     """Everything a process must know; sent along with every chunk (a few hundred bytes)."""
@@ -164,26 +171,17 @@ class Worker:
     def process(self, tasks: Sequence[Task]) -> list[Found]:
         """Look at a chunk of files; pictures go to this process's spool."""
         name = f"spool-{os.getpid()}"
-        with (Path(self.folder) / name).open("ab") as spool:
-            return [
-                self._one(task, data, name, spool.write, spool.tell) for task, data in zip(tasks, self._read(tasks), strict=True)
-            ]
-
-    def _read(self, tasks: Sequence[Task]) -> list[Callable[[], bytes]]:
-        """A function for each task that gives its bytes; reads from a network run beside each other, ahead."""
-        if not self.reader.slow:
-            return [lambda task=task: self._bytes(task) for task in tasks]  # type: ignore[misc]
-        with ThreadPoolExecutor(READERS) as pool:
-            return [pool.submit(self._bytes, task).result for task in tasks]
+        # Reads from a network run beside each other and ahead of the work; others are made as their turn comes.
+        with (Path(self.folder) / name).open("ab") as spool, ThreadPoolExecutor(READERS) as pool:
+            reads = [pool.submit(self._bytes, task).result if self.reader.slow else partial(self._bytes, task) for task in tasks]
+            return [self._one(task, read, name, spool) for task, read in zip(tasks, reads, strict=True)]
 
     def _bytes(self, task: Task) -> bytes:
         if task.size > MAX_FILE_BYTES or task.size == 0:
             return b""
         return self.reader.read(task.name, task.size, task.locator) if task.data is None else task.data
 
-    def _one(
-        self, task: Task, read: Callable[[], bytes], spool: str, write: Callable[[bytes], int], tell: Callable[[], int]
-    ) -> Found:
+    def _one(self, task: Task, read: Callable[[], bytes], name: str, spool: BinaryIO) -> Found:
         if task.size > MAX_FILE_BYTES:
             return Found(task.ident, f"too large ({task.size:,} bytes are more than {MAX_FILE_BYTES:,})")
         if task.size == 0:
@@ -204,12 +202,12 @@ class Worker:
             width,
             height,
             len(stored.data),
-            spool,
-            tell(),
+            name,
+            spool.tell(),
             dhash,
             phash,
         )
-        write(stored.data)
+        spool.write(stored.data)
         return found
 
 

@@ -94,6 +94,12 @@ class PrepareFlags:
 # --- reading ---------------------------------------------------------------------------------------------------------------
 
 
+def _counted(entries: Iterable[sources.Entry], workforce: Workforce) -> Iterator[sources.Entry]:
+    for number, entry in enumerate(entries, start=1):
+        workforce.expect(number)
+        yield entry
+
+
 def _tasks(source: sources.Source, table: Catalogue, host: int) -> Iterator[Task]:
     """This host's files; with their bytes where only this process can read them."""
     if source.reader() is not None:
@@ -422,12 +428,12 @@ class Job:
         if _reuse(flags, index_key(flags, known), hosts):
             return
         source = sources.open_source(flags.source, flags.hosts(), self._work)
-        split, notes = self._table.fill(source.entries(), flags.seed, len(hosts.names))
-        # Only now is a prefix known; and an archive may have changed between the question and the download.
-        key = index_key(flags, source.fingerprint())
-        if known is None and _reuse(flags, key, hosts):
-            return
-        with Workforce.for_pictures(self._table.count_tasks(hosts.mine)) as workforce:
+        with Workforce(pictures.warm_up) as workforce:
+            split, notes = self._table.fill(_counted(source.entries(), workforce), flags.seed, len(hosts.names))
+            # Only now is a prefix known; and an archive may have changed between the question and the download.
+            key = index_key(flags, source.fingerprint())
+            if known is None and _reuse(flags, key, hosts):
+                return
             look(source, self._table, flags, hosts.mine, self._work, workforce)
             share(self._table, hosts, self._work)
             decide(self._table, flags)
@@ -443,11 +449,12 @@ class Job:
         if not there:
             mine = [shard for shard in shards if shard.host == hosts.mine]
             write_shards(table, mine, folder / "shards", self._work, workforce)
-        hosts.tell_text("done", name)
+        done = f"{name} {'there' if there else 'written'}"
+        hosts.tell_text("done", done)
         if not hosts.first:
             print(f"instance {hosts.names[hosts.mine]} has done its share of data set {name}", flush=True)
             return
-        hosts.collect("done", self._work, lambda host, path: _same_decision(name, host, path))
+        hosts.collect("done", self._work, lambda host, path: _same_decision(done, host, path))
         self._describe(name, classes, shards, there, build_report(table, flags, classes, split, notes), key)
 
     def _describe(
@@ -508,10 +515,10 @@ def _description(name: str, classes: list[str], shards: list[Shard], counts: dic
     }
 
 
-def _same_decision(name: str, host: str, path: Path) -> None:
+def _same_decision(ours: str, host: str, path: Path) -> None:
     theirs = path.read_text(encoding="utf-8")
-    if theirs != name:
-        raise DataError(f"instance {host} made data set {theirs}, this one {name}: their code differs, start the job again")
+    if theirs != ours:
+        raise DataError(f"instance {host} came to {theirs!r}, this one to {ours!r}: the store or the code changed, start again")
 
 
 def prepare(flags: PrepareFlags) -> None:

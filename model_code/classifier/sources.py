@@ -15,6 +15,7 @@ import stat
 import struct
 import tarfile
 import tempfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -92,7 +93,13 @@ class BucketReader:
     slow: bool = True
 
     def read(self, name: str, size: int, locator: str) -> bytes:
+        with _MAKING_A_CLIENT:
+            storage.s3()
         return storage.read(self.uri + name)
+
+
+_MAKING_A_CLIENT = threading.Lock()
+"""boto3 makes clients in one thread at a time; it then keeps them, and they serve all threads."""
 
 
 class PrefixSource:

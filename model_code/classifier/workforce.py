@@ -25,18 +25,24 @@ AHEAD = 3
 
 
 class Workforce:
-    """Runs functions in processes, or at once in this one when ``processes`` is 0. To be used with ``with``."""
+    """Runs functions in one process for each CPU that this job may use, or at once in this one. To be used with ``with``."""
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, warm_up: Callable[[], object]) -> None:
+        """``warm_up`` is what every process does first."""
+        self._warm_up = warm_up
+        self._pool: ProcessPoolExecutor | None = None
+        self._limit = 0
+
+    def expect(self, pictures: int) -> None:
+        """Start the processes once so many pictures are known of; they get ready while the rest is listed."""
+        if self._pool is not None or pictures < SMALL:
+            return
+        processes = cpu_count()
         # Spawned, not forked: threads of Arrow or boto3 may hold locks that a forked child would wait for in vain.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, mp_context=context) if processes else None
+        self._pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
         self._limit = processes * AHEAD
-
-    @classmethod
-    def for_pictures(cls, count: int) -> Workforce:
-        """One process for each CPU that this job may use; none for a small source."""
-        return cls(cpu_count() if count >= SMALL else 0)
+        for _ in range(processes):
+            self._pool.submit(self._warm_up)
 
     def __enter__(self) -> Workforce:
         return self
