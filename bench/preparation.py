@@ -11,11 +11,9 @@ counted once (PSS).
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -27,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import psutil
 from PIL import Image, ImageOps
@@ -176,11 +175,13 @@ def main() -> None:
             for name, source in (("dogs-120 1x", dogs), ("dogs-120 2x", work / "dogs2")):
                 runs[name] = best(source, work, 256, flags.repeat)
                 show(name, runs[name])
-    machine = {"cpus": CPUS, "processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-    facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine, "runs": runs}
-    flags.results.parent.mkdir(parents=True, exist_ok=True)
-    flags.results.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"written: {flags.results}")
+    columns = ["source", "pictures", "seconds", "pictures/s", "processors busy, %", "peak memory, MiB (PSS)"]
+    rows = [
+        [name, run["pictures"], run["seconds"], float(run["pictures_per_s"]), 100 * run["cpu_share"], float(run["peak_mib"])]
+        for name, run in runs.items()
+    ]
+    found = {"name": flags.results.stem, **harness.plain(columns, rows), "runs": runs}
+    print(f"written: {harness.write(found, flags.results.parent)}")
 
 
 if __name__ == "__main__":

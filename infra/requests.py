@@ -116,7 +116,7 @@ def prepare(config: StageConfig) -> Json:
 
 _FEATURE_DEFAULTS = {
     "resize_size": "0",
-    "feature_views": "1",
+    "feature_views": "4",
     "horizontal_flip": "true",
     "random_resized_crop_min_scale": "0.35",
     "seed": "0",

@@ -307,7 +307,9 @@ def _describe_data(kept: Path, console: Console) -> None:
     refused = facts["num_quarantined"]
     console.print(f"\nData set {facts['dataset_hash']}: {facts['num_classes']} classes; {counts}; split {made}.", markup=False)
     if refused:
-        console.print(f"{refused} file(s) were refused; their names and reasons: {kept / 'prepare' / 'refused.jsonl'}", markup=False)
+        console.print(
+            f"{refused} file(s) were refused; their names and reasons: {kept / 'prepare' / 'refused.jsonl'}", markup=False
+        )
 
 
 def _failure_message(ended: dict[str, Any], kept: Path) -> str:

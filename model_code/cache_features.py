@@ -20,7 +20,7 @@ class Flags:
     pretrained_dir: str = ""
     image_size: int = 224
     resize_size: int = 0
-    feature_views: int = 1
+    feature_views: int = 4
     horizontal_flip: bool = True
     random_resized_crop_min_scale: float = 0.35
     seed: int = 0

@@ -63,6 +63,7 @@ class TrainingConfig:
     backbone: str = "mobilenet_v2"
     """A torchvision classification builder, or ``auto``: recognised from the weights in the channel ``pretrained``."""
     pretrained: str = "torchvision"
+    """torchvision: its default weights, downloaded; channel: the one file of the channel ``pretrained``; scratch uses none."""
     image_size: int = 224
     """Side in pixels of the square that the network sees."""
     resize_size: int = 0
@@ -70,7 +71,7 @@ class TrainingConfig:
     learning_rate: float = 0.03
     """Peak rate of the head under SGD; one range, 0.01 to 0.1, suits every recipe. The backbone gets backbone_lr_scale times it,
     AdamW optimizer.ADAMW_LR_SCALE times it."""
-    backbone_lr_scale: float = 0.1
+    backbone_lr_scale: float = 0.02
     """Learning rate of the pretrained weights over that of the head; scratch uses 1."""
     layer_decay: float = 1.0
     """Factor of the learning rate from a block of the backbone to the one below it (BEiT, Bao et al., 2021); 1 is none."""
@@ -104,8 +105,9 @@ class TrainingConfig:
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights that is judged and kept; 0 switches it off."""
     batch_norm: str = "train"
-    """frozen: running statistics stay those of the pretrained backbone (small batches, several processes on CPUs)."""
-    feature_views: int = 1
+    """frozen (default of finetune and lp-ft): running statistics stay those of the pretrained backbone, with which the head was
+    found; train suits pictures unlike the backbone's, and large batches."""
+    feature_views: int = 4
     """Views of each training picture in the cached features: the first is the plain one, the others are augmented."""
     precision: str = "auto"
     """auto times a few steps of fp32 and bf16 and keeps the faster one; fp16 scales the loss and needs a GPU."""
@@ -129,8 +131,8 @@ class TrainingConfig:
 
 RECIPE_DEFAULTS: dict[str, dict[str, object]] = {
     "head": {},
-    "finetune": {"epochs": 10, "weight_decay": 1e-4},
-    "lp-ft": {"epochs": 10, "weight_decay": 1e-4},
+    "finetune": {"epochs": 10, "weight_decay": 1e-4, "batch_norm": "frozen"},
+    "lp-ft": {"epochs": 10, "weight_decay": 1e-4, "batch_norm": "frozen"},
     "scratch": {
         "epochs": 8,
         "backbone": "resnet18",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classifier import transforms
+from classifier import distributed, transforms
 from classifier.batches import PictureBatches
 from classifier.config import TrainingConfig
 from classifier.dataset import DatasetInfo, Labels, Pictures, ShardSplit
@@ -163,3 +163,23 @@ def moments(views: Tensor) -> tuple[Tensor, Tensor]:
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
     return mean.float(), variance.sqrt().float()
+
+
+@torch.no_grad()  # not inference mode: the result becomes part of a network that is trained and restored
+def observed_moments(network: nn.Module, batches: PictureBatches, count: int = 512) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(D,) float32`` of the features of about ``count`` pictures, over all processes."""
+    network.eval()
+    where = device_of(network)
+    sums: Tensor | None = None
+    for batch in batches.epoch(0):
+        found = network(transforms.normalise(batch.inputs.to(where), batches.preprocessing)).double()
+        part = torch.cat([found.sum(dim=0), found.square().sum(dim=0), found.new_tensor([float(len(found))])])
+        sums = part if sums is None else sums + part
+        count -= batch.total
+        if count <= 0:
+            break
+    if sums is None:
+        raise DataError("there is no picture to train on: prepare the data set again")
+    sums = distributed.total(sums)
+    mean, squares = (sums[:-1] / sums[-1]).chunk(2)
+    return mean.float().clone(), (squares - mean.square()).clamp(min=0).sqrt().float().clone()

@@ -1,4 +1,4 @@
-"""torchvision backbones: build by name, read weights, recognise an architecture, replace and fold the head.
+"""torchvision backbones: build by name, read weights, recognise an architecture, split, replace and fold the head.
 
 Legend: D num_features, C classes. ``backbone(x)`` is ``(B, D)``; ``head`` is ``Linear(D, C)``.
 """
@@ -52,17 +52,10 @@ def num_features(model: nn.Module) -> int:
     return int(head.in_features)
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place that ``name`` names."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)
-
-
-def replace_head(model: nn.Module, num_classes: int) -> nn.Linear:
-    """Put a fresh ``Linear(D, num_classes)`` in place of the classifier and return it."""
-    name, width = head_name(model), num_features(model)
-    head = nn.Linear(width, num_classes)
-    _set(model, name, head)
-    return head
 
 
 def split_head(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -71,7 +64,7 @@ def split_head(model: nn.Module) -> tuple[str, nn.Linear]:
     head = model.get_submodule(name)
     if not isinstance(head, nn.Linear):
         raise WeightsError(f"the classifier {name} is not linear")
-    _set(model, name, nn.Identity())
+    set_module(model, name, nn.Identity())
     return name, head
 
 
@@ -212,16 +205,11 @@ def pretrained_model(backbone: str, pretrained: str, folder: Path | None) -> tup
     return model, name
 
 
-def training_model(config: TrainingConfig, num_classes: int, folder: Path | None) -> tuple[nn.Module, str]:
-    """The whole model of the recipes finetune and scratch, with a fresh head."""
+def fresh_model(config: TrainingConfig, num_classes: int) -> nn.Module:
+    """The whole model of the recipe scratch, from random weights."""
     torch.manual_seed(config.seed)
-    if config.pretrained == "none":
-        name = config.backbone
-        check_name(name)
-        return build(name, num_classes, small_stem=config.stem == "small"), name
-    model, name = pretrained_model(config.backbone, config.pretrained, folder)
-    replace_head(model, num_classes)
-    return model, name
+    check_name(config.backbone)
+    return build(config.backbone, num_classes, small_stem=config.stem == "small")
 
 
 class StandardisedHead(nn.Module):
@@ -254,6 +242,14 @@ class StandardisedHead(nn.Module):
         result.weight.copy_(weight)
         result.bias.copy_(self.linear.bias - weight @ self.get_buffer("mean"))
         return result
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """The network with its StandardisedHead, if it has one, as a plain linear layer: torchvision's own form."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, StandardisedHead):
+            set_module(network, name, module.folded())
+    return network
 
 
 def main(argv: list[str]) -> None:

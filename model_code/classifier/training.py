@@ -150,14 +150,18 @@ def _pictures_run(config: TrainingConfig, info: DatasetInfo) -> Setup:
     valid_pictures = _held_pictures(info, config)
     valid = PictureBatches(valid_pictures, preprocessing, config, train=False, pin=torch.cuda.is_available())
     train = _training_batches(pictures, preprocessing, config)
+    if config.recipe == "finetune":
+        _give_head(network, PictureBatches(pictures, preprocessing, config, train=False), info.num_classes)
     precision = _precision(network, config)
     return Setup(config, info, network, train, valid, preprocessing, precision, pictures.labels)
 
 
 def _network(config: TrainingConfig, info: DatasetInfo) -> tuple[nn.Module, TrainingConfig]:
-    """The whole network; that of lp-ft starts with the head which a linear probe on cached features has found."""
+    """The network before it has seen a picture; that of lp-ft starts with the head that a linear probe has found."""
+    if config.recipe == "scratch":
+        return model.fresh_model(config, info.num_classes), config
     if config.recipe not in CACHED_FEATURES:
-        network, name = model.training_model(config, info.num_classes, channel("pretrained"))
+        network, name = model.pretrained_model(config.backbone, config.pretrained, channel("pretrained"))
         return network, replace(config, backbone=name)
     say(f"linear probe: {config.probe_epochs} epochs on cached features")
     changes: dict[str, Any] = {"recipe": "head", "epochs": config.probe_epochs, "learning_rate": config.probe_learning_rate}
@@ -167,7 +171,14 @@ def _network(config: TrainingConfig, info: DatasetInfo) -> tuple[nn.Module, Trai
     say(f"linear probe ended with top1_on_valid={max(row['valid_top1'] for row in history):.4f}")
     found = probe.config
     config = replace(config, backbone=found.backbone, image_size=found.image_size, resize_size=found.resize_size)
-    return model.channels_last(whole_model(probe)), config
+    return _assembled(probe), config
+
+
+def _give_head(network: nn.Module, batches: PictureBatches, num_classes: int) -> None:
+    """A fresh head in place of the pretrained one: zeros, behind the standardisation of what the backbone says of some pictures."""
+    name, _ = model.split_head(network)
+    mean, std = features.observed_moments(network, batches)
+    model.set_module(network, name, model.StandardisedHead(mean, std, num_classes).to(mean.device))
 
 
 def _decoded_bytes(count: int, side: int) -> int:
@@ -420,18 +431,19 @@ def _one_epoch(run: Run, observer: Observer, after_step: Callable[[], None]) -> 
     return entry
 
 
-def whole_model(setup: Setup) -> nn.Module:
-    """The model from pixels to logits: for the recipe head, the backbone with the standardisation folded into its head."""
-    if setup.features is None:
-        return setup.network
+def _assembled(setup: Setup) -> nn.Module:
+    """The backbone behind the cached features with the head that was trained on them, still standardising."""
     from safetensors.torch import load_file
 
+    if setup.features is None:
+        raise TypeError("only recipe head has features of its own")
     whole = model.build(setup.config.backbone)
     name, _ = model.split_head(whole)
     whole.load_state_dict(load_file(setup.features / "backbone.safetensors"))
-    head = setup.network
-    if not isinstance(head, model.StandardisedHead):
-        raise TypeError("recipe head trains a StandardisedHead")
-    parent, _, child = name.rpartition(".")
-    setattr(whole.get_submodule(parent) if parent else whole, child, head.folded())
-    return whole.eval()
+    model.set_module(whole, name, setup.network)
+    return whole
+
+
+def whole_model(setup: Setup) -> nn.Module:
+    """The model from pixels to logits in torchvision's own form: the standardisation is folded into a linear head."""
+    return model.fold(setup.network if setup.features is None else _assembled(setup)).eval()

@@ -279,7 +279,7 @@ def test_features_are_cached_as_the_training_would_see_the_pictures():
         words = machine.requests["CacheFeatures"]["AppSpecification"]["ContainerArguments"]
         return dict(zip(words[::2], words[1::2], strict=True))
 
-    defaults = {"--feature_views": "1", "--horizontal_flip": "true", "--random_resized_crop_min_scale": "0.35", "--seed": "0"}
+    defaults = {"--feature_views": "4", "--horizontal_flip": "true", "--random_resized_crop_min_scale": "0.35", "--seed": "0"}
     assert defaults.items() <= flags().items()
     changed = flags(hyperparameters={"horizontal_flip": False, "random_resized_crop_min_scale": 0.5, "seed": 3, "resize_size": 256})
     expected = {"--horizontal_flip": "false", "--random_resized_crop_min_scale": "0.5", "--seed": "3", "--resize_size": "256"}

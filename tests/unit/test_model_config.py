@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from classifier.config import parse
+from classifier.config import TrainingConfig, parse
 from classifier.errors import ConfigError
 from model_fakes import run_script
+
+from infra import requests
 
 
 def test_strings_become_typed_values_and_recipes_bring_defaults():
@@ -39,6 +41,14 @@ def test_a_bad_value_is_named_with_what_was_expected(argv: list[str], words: lis
     with pytest.raises(ConfigError) as problem:
         parse(argv)
     assert all(word in str(problem.value) for word in words), str(problem.value)
+
+
+def test_the_feature_job_s_defaults_are_those_of_the_training():
+    from cache_features import Flags
+
+    for name, text in requests._FEATURE_DEFAULTS.items():
+        assert text == str(getattr(TrainingConfig(), name)).lower(), name
+        assert getattr(Flags("", ""), name) == getattr(TrainingConfig(), name), name
 
 
 def test_a_job_with_a_bad_hyperparameter_leaves_one_line_as_its_failure_reason(tmp_path: Path):
