@@ -32,7 +32,7 @@ def pictures_of(folder: Path) -> list[Path]:
     """All pictures of an ImageFolder. Raises FileNotFoundError when there is none."""
     found = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
-        raise FileNotFoundError(f"{folder} holds no class folders with JPEGs: make some with python bench/pictures.py")
+        raise FileNotFoundError(f"{folder} holds no class folders with JPEGs: make some with python bench/samples.py")
     return found
 
 

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "model_code"), str(ROOT / "bench")]
 
 import harness  # noqa: E402
 import peers  # noqa: E402
-import pictures  # noqa: E402
+import samples  # noqa: E402
 
 PARTS = ("input", "step", "tuning", "backbones", "accuracy")
 WORKERS = 2
@@ -120,7 +120,7 @@ def bench_input(rounds: int) -> None:
     torch.set_num_threads(WORKERS)
     cases = {}
     for size in ((500, 400), (1000, 800)):
-        source = pictures.make(size, 1024)
+        source = samples.make(size, 1024)
         name = f"{size[0]}x{size[1]}"
         found = loaded(source, prepared(source, name, 256))
         cases[f"{size[0]}×{size[1]}"] = harness.compare(found, against=next(iter(found)), rounds=rounds, title=name)
@@ -173,7 +173,7 @@ def bench_step(rounds: int, count: int) -> None:
     from classifier.serving import Preprocessing
 
     torch.set_num_threads(WORKERS)
-    info = read_info(prepared(pictures.make((500, 400), 1024), "500x400", 256))
+    info = read_info(prepared(samples.make((500, 400), 1024), "500x400", 256))
     preprocessing = Preprocessing.of(224)
     settings = from_mapping({"recipe": "finetune", "batch_size": "32"})
     split = load_split(info, "train", training_side(info, 224))
@@ -211,7 +211,7 @@ def bench_tuning(trials: int = 10, epochs: int = 5) -> None:
     from classifier.config import from_mapping
     from classifier.dataset import read_info
 
-    source = pictures.make((500, 400), 2048)
+    source = samples.make((500, 400), 2048)
     dataset = prepared(source, "500x400-2048", 256)
     info = read_info(dataset)
     torch.set_num_threads(WORKERS)
@@ -323,8 +323,8 @@ def bench_accuracy(chosen: list[str], views: int) -> None:
     """Section ``accuracy``: dogs-120 with MobileNetV2; one row a recipe, written as soon as it is known."""
     import reference_train
 
-    weights = pictures.real_data() / "weights" / WEIGHTS
-    source = pictures.real_data() / "data" / "dogs-120"
+    weights = samples.real_data() / "weights" / WEIGHTS
+    source = samples.real_data() / "data" / "dogs-120"
     if not weights.is_file() or not source.is_dir():
         raise SystemExit(f"error: {source} and {weights} are needed; name their folder with REAL_DATA")
     dataset = prepared(source, "dogs-120", 256)

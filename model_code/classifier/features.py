@@ -182,4 +182,6 @@ def observed_moments(network: nn.Module, batches: PictureBatches, count: int = 5
         raise DataError("there is no picture to train on: prepare the data set again")
     sums = distributed.total(sums)
     mean, squares = (sums[:-1] / sums[-1]).chunk(2)
-    return mean.float().clone(), (squares - mean.square()).clamp(min=0).sqrt().float().clone()
+    std = (squares - mean.square()).clamp(min=0).sqrt()
+    # A feature that is all but silent now may speak once the backbone learns: it must not be magnified without bound.
+    return mean.float(), std.clamp(min=float(std.median()) / 10).float()

@@ -33,7 +33,7 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def sources(bench, tmp_path: Path) -> Path:
-    return bench("pictures").make((120, 90), 12, out=tmp_path / "sources", sources=[])
+    return bench("samples").make((120, 90), 12, out=tmp_path / "sources", sources=[])
 
 
 # --- harness and tables ----------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_the_projects_own_tables_are_the_measured_ones(bench, capsys):
 
 
 def test_source_pictures_have_the_size_and_the_bits_of_photographs(bench, tmp_path: Path):
-    pictures = bench("pictures")
+    pictures = bench("samples")
     folder = pictures.make((500, 400), 11, out=tmp_path, sources=[])
     files = sorted(folder.glob("*/*.jpg"))
     assert [path.parent.name for path in files] == sorted([f"class_{n}" for n in range(10)] + ["class_0"])
@@ -142,7 +142,7 @@ def test_source_pictures_have_the_size_and_the_bits_of_photographs(bench, tmp_pa
 def test_a_photograph_is_enlarged(bench, tmp_path: Path):
     gradient = np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
     Image.fromarray(gradient).save(tmp_path / "one.jpg")
-    found = bench("pictures").enlarged(tmp_path / "one.jpg", (200, 100), np.random.default_rng(0))
+    found = bench("samples").enlarged(tmp_path / "one.jpg", (200, 100), np.random.default_rng(0))
     assert found.size == (200, 100)
     assert np.abs(np.asarray(found)[:, ::8, 0].mean(axis=0) - np.linspace(0, 255, 25)).max() < 12
 
@@ -155,7 +155,7 @@ def test_the_reference_and_the_limit_read_every_picture(bench, sources: Path):
     assert peers.reference_loader(sources, 0, 5)() == 12
     pytest.importorskip("simplejpeg")
     assert peers.decode_only(peers.pictures_of(sources), 2)() == 12
-    with pytest.raises(FileNotFoundError, match=r"make some with python bench/pictures\.py"):
+    with pytest.raises(FileNotFoundError, match=r"make some with python bench/samples\.py"):
         peers.pictures_of(sources.parent)
 
 

@@ -698,7 +698,7 @@ def test_spot_waits_longer_than_it_runs():
         ({"source": 5}, "source is 5;"),
         ({"source": "incoming/" + "x" * 200}, "at most 180 characters for a key"),
         ({"hyperparameters": {"learning_rate": 0.1}}, "hyperparameters is"),
-        ({"hyperparameters": {"sagemaker_program": "x.py"}}, "expected only names among resize_size, epochs,"),
+        ({"hyperparameters": {"sagemaker_program": "x.py"}}, "expected only names among resize_size,"),
         ({"hyperparameters": {"epochs": [1]}}, "expected texts, numbers, true or false as values"),
         ({"hyperparameters": 3}, "hyperparameters is 3; expected an object"),
         ({"tuning": 3}, "tuning is 3; expected an object"),

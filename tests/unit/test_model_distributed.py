@@ -102,6 +102,7 @@ def two_processes(base: Path, channels: dict[str, Path], flags: dict[str, str]) 
         {"recipe": "head", "batch_size": "10", "epochs": "4", "learning_rate": "0.05"},
         {
             "recipe": "finetune",
+            "learning_rate": "0.002",  # of weights that were never trained, hardly any step is a good one
             "backbone": "resnet18",
             "pretrained": "channel",
             "image_size": "32",

@@ -2,7 +2,7 @@
 
 How long a JPEG takes to decode follows from its pixels and its bits, so the bits must be those of photographs: 1.2 to 2 a pixel
 at this quality. Pictures of dogs-120 under $REAL_DATA are enlarged, sharpened, and given the grain that enlarging takes away;
-without them, noise with the spectrum of natural scenes (amplitude about 1/f) does. `python bench/pictures.py --size 500x400`
+without them, noise with the spectrum of natural scenes (amplitude about 1/f) does. `python bench/samples.py --size 500x400`
 """
 
 from __future__ import annotations
