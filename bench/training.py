@@ -445,7 +445,7 @@ def curves(rows: dict[str, Any]) -> None:
             axes.axhline(values[0], linestyle=":", color="black", label=label)
         else:
             axes.plot(range(1, len(values) + 1), values, marker=mark, markersize=4, label=label)
-    axes.set(xlabel="epoch", ylabel="valid top1", ylim=(0, 1), title="dogs-120, MobileNetV2: every recipe")
+    axes.set(xlabel="epoch", ylabel="valid top1", ylim=(0, 1), title="dogs-120, MobileNetV2")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
