@@ -7,7 +7,7 @@ Each part is a section of bench/results/training.json, measured against named pe
 - ``tuning``: ten trials of five epochs on cached features, against trials that pass through the backbone.
 - ``backbones``: what a step of each documented backbone costs.
 - ``accuracy``: every recipe on dogs-120 (needs $REAL_DATA) against torchvision's reference recipe at equal epochs and a linear
-  probe. Everything is chosen on valid; test is read once a recipe, at its end.
+  probe. Test is read once a recipe, at its end; choose on valid.
 """
 
 from __future__ import annotations
