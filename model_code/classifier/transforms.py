@@ -109,7 +109,7 @@ def draw(count: int, config: TrainingConfig, epoch: int, step: int) -> Draw:
 def crop(picture: Pixels, box: Sequence[float], flip: bool, size: int) -> Tensor:
     """The box of a picture, resized with antialiasing: ``(size, size, 3) uint8``.
 
-    torch's antialiased uint8 kernel on channels_last memory is about five times as fast as Pillow's resize.
+    torch's antialiased uint8 kernel on channels_last memory is several times as fast as Pillow's resize.
     """
     height, width = picture.shape[:2]
     left, top = round(box[0] * width), round(box[1] * height)
