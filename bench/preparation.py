@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -93,12 +92,13 @@ def _tree_memory(root: psutil.Process) -> int:
     return total
 
 
-def _waited(root: psutil.Process, seen: dict[tuple[str, str], int]) -> None:
-    """Note how long each thread of the tree has waited for a processor so far, in nanoseconds."""
+def _note_times(root: psutil.Process, seen: dict[tuple[str, str], tuple[int, int]]) -> None:
+    """Note how long each thread of the tree has run and has waited for a processor so far, in nanoseconds."""
     for process in [root, *root.children(recursive=True)]:
         with suppress(OSError, psutil.Error):
             for thread in Path(f"/proc/{process.pid}/task").iterdir():
-                seen[str(process.pid), thread.name] = int((thread / "schedstat").read_text().split()[1])
+                ran, waited, _ = (thread / "schedstat").read_text().split()
+                seen[str(process.pid), thread.name] = int(ran), int(waited)
 
 
 def measure(source: Path, work: Path, picture_size: int) -> dict[str, Any]:
@@ -107,21 +107,21 @@ def measure(source: Path, work: Path, picture_size: int) -> dict[str, Any]:
     places = {"dataset_root": (out / "d").as_uri(), "dataset": str(out / "d"), "result": str(out / "r")}
     command = [sys.executable, str(PROJECT / "model_code" / "prepare.py"), "--source", source.as_uri()]
     command += [word for name, value in places.items() for word in (f"--{name}", value)]
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    started = time.monotonic()
     child = subprocess.Popen([*command, "--picture_size", str(picture_size)], stdout=subprocess.DEVNULL)
-    root, peak, waited = psutil.Process(child.pid), 0, dict[tuple[str, str], int]()
+    root, peak, times = psutil.Process(child.pid), 0, dict[tuple[str, str], tuple[int, int]]()
     while child.poll() is None:
         with suppress(psutil.Error):
             peak = max(peak, _tree_memory(root))
-            _waited(root, waited)
+            _note_times(root, times)
         time.sleep(SAMPLE_S)
     seconds = time.monotonic() - started
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if child.returncode:
         raise RuntimeError(f"prepare.py ended with status {child.returncode}; its message is above")
     result = json.loads((out / "r" / "result.json").read_text())
     shutil.rmtree(out)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # Not from getrusage: the worker processes are no children of the job, but of the server that forks them.
+    cpu, waited = (sum(kind) / 1e9 for kind in zip(*times.values(), strict=True))
     pictures = sum(result["num_pictures"].values())
     return {
         "pictures": pictures,
@@ -129,7 +129,7 @@ def measure(source: Path, work: Path, picture_size: int) -> dict[str, Any]:
         "pictures_per_s": round(pictures / seconds),
         "cpu_seconds": round(cpu, 2),
         "cpu_share": round(cpu / seconds / CPUS, 3),
-        "ready_share": round((cpu + sum(waited.values()) / 1e9) / seconds / CPUS, 3),
+        "ready_share": round((cpu + waited) / seconds / CPUS, 3),
         "peak_mib": round(peak / 2**20),
         "load_before": round(os.getloadavg()[0], 1),
     }

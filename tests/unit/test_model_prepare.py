@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import imagehash
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -31,7 +32,7 @@ from classifier.errors import ConfigError, DataError
 from classifier.exchange import Hosts
 from classifier.layout import Scheme, readable_labels
 from classifier.lookalikes import near_pairs
-from classifier.pictures import looks, normalise, shard_bytes
+from classifier.pictures import looks, normalise, perceptual_hash, shard_bytes
 from classifier.preparation import prepare
 from classifier.sources import Entry
 from hypothesis import given, settings
@@ -453,6 +454,15 @@ def test_near_pairs_are_those_of_comparing_all():
         assert set(near_pairs(rows, distance)) == expected
     assert set(near_pairs([], 12)) == set()
     assert len(set(near_pairs(rows, 16))) > 100
+
+
+def test_perceptual_hash_is_the_librarys():
+    random = np.random.default_rng(3)
+    for cells in (2, 5, 9, 30):
+        coarse = Image.fromarray(random.integers(0, 256, (cells, cells + 3), dtype=np.uint8))
+        for size in ((64, 64), (97, 301), (640, 20)):
+            grey = coarse.resize(size, Image.Resampling.BICUBIC)
+            assert (perceptual_hash(grey) == imagehash.phash(grey, 16).hash).all(), (cells, size)
 
 
 def test_plain_pictures_look_like_nothing():
