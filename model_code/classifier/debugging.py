@@ -11,7 +11,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from classifier.errors import DataError
+from classifier.findings import Finding
 from classifier.profiling import StepTimeline
 
 REDUCTIONS = ["min", "max", "mean", "std", "l2"]
@@ -137,30 +137,6 @@ class HookObserver:
         """Flush the last step and mark the end of training, so that readers do not wait for more."""
         self.hook.close()
         self._timeline.close()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one rule says."""
-
-    rule: str
-    triggered: bool
-    detail: str
-    remedy: str = ""
-    steps: list[int] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The part of the report, in the managed report's words."""
-        return {
-            "RuleName": self.rule,
-            "RuleTriggered": int(self.triggered),
-            "Violations": len(self.steps) if self.steps else int(self.triggered),
-            "Detail": self.detail,
-            "Remedy": self.remedy,
-            "Steps": self.steps[:50],
-            "Details": self.values,
-        }
 
 
 def _rule_class() -> Any:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from classifier import charts, profiling, storage
-from classifier.debugging import Finding, history_rules, loss_series, tensor_rules
+from classifier.debugging import history_rules, loss_series, tensor_rules
+from classifier.findings import Finding
+from classifier.profile_rules import profile_findings
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1080px;padding:16px 20px;color:#111827;background:#fff}
@@ -140,12 +142,12 @@ def collect(flags: ReportFlags) -> dict[str, Any]:
     ]
     history = training.get("history", [])
     findings = _findings(root / "debug-output", history, prepared, notes)
-    profile = profiling.analyse(root / "profiler-output", training.get("started"), training.get("batch_size"))
+    profile = profile_findings(root / "profiler-output", training.get("started"), training.get("batch_size"))
     return {
         "run": flags.run,
         "notes": notes,
         "findings": [finding.to_json() for finding in findings],
-        "profiler": profile,
+        "profiler": {finding.rule: finding.to_json() for finding in profile},
         "dataset": {**prepared, **{k: v for k, v in result.items() if k != "source"}},
         "trials": trials,
         "training_job": job,

@@ -1,0 +1,30 @@
+"""What a rule says of a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule says."""
+
+    rule: str
+    triggered: bool
+    detail: str
+    remedy: str = ""
+    steps: list[int] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of the report, in the managed report's words."""
+        return {
+            "RuleName": self.rule,
+            "RuleTriggered": int(self.triggered),
+            "Violations": len(self.steps) if self.steps else int(self.triggered),
+            "Detail": self.detail,
+            "Remedy": self.remedy,
+            "Steps": self.steps[:50],
+            "Details": self.values,
+        }
