@@ -1,4 +1,4 @@
-"""Benchmarks of training: `make bench-training`, or `python bench/training.py input|step|tuning|backbones|accuracy …`.
+"""Benchmarks of training: `make bench-training`, or `python bench/training.py input|step|tuning|backbones|views|accuracy …`.
 
 Each part is a section of bench/results/training.json, measured against named peers in one run:
 
@@ -6,6 +6,7 @@ Each part is a section of bench/results/training.json, measured against named pe
 - ``step``: training steps with real input against the same network on data in memory; bf16 channels_last against eager fp32.
 - ``tuning``: ten trials of five epochs on cached features, against trials that pass through the backbone.
 - ``backbones``: what a step of each documented backbone costs.
+- ``views``: how many cached views of each training picture recipe ``head`` learns best from, judged on valid.
 - ``accuracy``: every recipe on dogs-120 (needs $REAL_DATA) against torchvision's reference recipe at equal epochs and a linear
   probe. Test is read once a recipe, at its end; choose on valid.
 """
@@ -32,7 +33,7 @@ import harness  # noqa: E402
 import peers  # noqa: E402
 import samples  # noqa: E402
 
-PARTS = ("input", "step", "tuning", "backbones", "accuracy")
+PARTS = ("input", "step", "tuning", "backbones", "views", "accuracy")
 WORKERS = 2
 BATCH = 64
 BUILD = ROOT / "build" / "bench"
@@ -385,6 +386,34 @@ def our_recipe(given: dict[str, str]) -> dict[str, Any]:
     }
 
 
+VIEWS = (1, 2, 4, 6, 8)
+SEEDS = 5
+
+
+def bench_views() -> None:
+    """Section ``views``: recipe head on the first K of 8 cached views, valid top1 over seeds; test is not read."""
+    import numpy as np
+    from classifier import training
+    from classifier.config import from_mapping
+
+    weights = samples.real_data() / "weights" / WEIGHTS
+    dataset = prepared(samples.real_data() / "data" / "dogs-120", "dogs-120", 256)
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        places = channels(dataset, weights, Path(work), max(VIEWS))
+        all_views = np.load(places["features"] / "train.npy")
+        for count in VIEWS:
+            np.save(places["features"] / "train.npy", all_views[:count])
+            found = []
+            for seed in range(SEEDS):
+                given = {"backbone": "mobilenet_v2", "pretrained": "channel", **RECIPES["head"], "seed": str(seed)}
+                history = training.fit(training.prepare_run(from_mapping(given)))
+                found.append(max(row["valid_top1"] for row in history))
+            rows.append([count, float(np.mean(found)), float(np.std(found, ddof=1))])
+            print(rows[-1], flush=True)
+    rows_section("views", ["views", "valid top1 (mean of 5 seeds)", "standard deviation"], rows)
+
+
 def probe_data(dataset: Path, places: dict[str, Path]) -> list[Any]:
     """Features and labels of train, valid and test (plain views) for the linear probe."""
     import numpy as np
@@ -496,7 +525,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of input and step")
     parser.add_argument("--steps", type=int, default=6, help="steps a round")
-    parser.add_argument("--views", type=int, default=6, help="views of each training picture in the cached features")
+    parser.add_argument(
+        "--views", type=int, default=4, help="views in the cached features (default: the best of views)"
+    )
     names = [*RECIPES, "torchvision reference", "linear probe"]
     parser.add_argument("--recipes", nargs="*", choices=names, default=names, help="rows of accuracy")
     flags = parser.parse_args()
@@ -509,6 +540,8 @@ def main() -> None:
         bench_tuning()
     if "backbones" in parts:
         bench_backbones(flags.steps)
+    if "views" in parts:
+        bench_views()
     if "accuracy" in parts:
         bench_accuracy(flags.recipes, flags.views)
 
