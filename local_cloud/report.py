@@ -145,7 +145,7 @@ def compare(uri: str, out: str, s3: Any) -> Path:
     folder = Path(out).resolve() if out else PROJECT / "build" / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "compare_runs.py", f"--bucket_uri=s3://{found[1]}", f"--report={folder}"]
-    return _made(words, folder / "compare.html")
+    return _made(words, folder / "runs.html")
 
 
 def main() -> None:

@@ -104,15 +104,22 @@ def test_what_the_script_says_last_is_shown_when_it_fails(tmp_path: Path) -> Non
         report._made(words, tmp_path / "report.html")
 
 
-def test_a_page_of_a_run_that_only_prepared_its_data(cloud: FakeCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_a_run_that_only_prepared_its_data(
+    cloud: FakeCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The jobs' own code against S3's protocol: what is not there is named, not fatal."""
     cloud.put("runs/run-1/prepare/result.json", '{"dataset_hash": "abc"}')
     for name, value in {"AWS_ENDPOINT_URL": cloud.url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    base = tmp_path / "ml"
+    base.mkdir()
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(base))
     page = report.report(RUN, str(tmp_path / "out"), boto3.client("s3"))
     assert page == tmp_path / "out" / "report.html"
     assert "run-1" in page.read_text()
+    # In a processing job this is its last word, which the state machine's output repeats.
+    assert f"rules_fired={(base / 'output' / 'message').read_text()}\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("uri", ["", "data", f"s3://{BUCKET}/runs/run-1", "s3://x"])
