@@ -224,7 +224,7 @@ class StageConfig(Section):
     managed_debugger: bool = False
     """Adds SageMaker Debugger's own fields to the training request, beside our own hook, rules and report.
 
-    Off by default: the service is closed to new customers since 2026-07-30 and would refuse the request."""
+    Off by default: the service is closed to new customers since 2026-07-30, and need not accept its fields from them."""
     serving_image_uri: str = ""
     """An existing serving image in ECR; empty: CodeBuild builds one from model_code/Dockerfile when it is missing."""
     poll_seconds: int = Field(default=15, ge=1, le=300)
