@@ -122,7 +122,7 @@ class LiveReports:
     def _start(self, execution: Any, page: _Page, ended: bool) -> None:
         run = Run(f"s3://{page.bucket}/runs/{execution.name}", **job_names(execution))
         page.folder.mkdir(parents=True, exist_ok=True)
-        words = command(run, page.folder, live=not ended, outcome=outcome(execution))
+        words = command(run, page.folder, page.folder / "run", live=not ended, outcome=outcome(execution))
         environment = {
             **aws_environment(self._cloud, self._cloud.admin()),
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",

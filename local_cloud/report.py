@@ -10,6 +10,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +48,15 @@ class Run:
         return self.uri.rsplit("/", 1)[-1]
 
 
-def command(run: Run, folder: Path, *, live: bool = False, outcome: str = "") -> list[str]:
-    """What makes ``folder/report.html``, to be started in ``model_code/``; the run's files are fetched to ``folder/run``.
+def command(run: Run, folder: Path, fetched: Path, *, live: bool = False, outcome: str = "") -> list[str]:
+    """What makes ``folder/report.html``, to be started in ``model_code/``; the run's files are copied to ``fetched``.
 
     ``live`` makes a page that reads itself again; ``outcome`` says why the run failed or was stopped.
     """
     flags = {
         "run": run.name,
         "run_uri": run.uri,
-        "run_dir": str(folder / "run"),
+        "run_dir": str(fetched),
         "report": str(folder),
         "rules": str(folder / "rule-output"),
         "tuning_job": run.tuning_job,
@@ -132,7 +133,8 @@ def report(uri: str, out: str, s3: Any) -> Path:
     run = find(uri, s3)
     folder = Path(out).resolve() if out else PROJECT / "build" / "reports" / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    return _made(command(run, folder), folder / "report.html")
+    with tempfile.TemporaryDirectory(prefix="report-") as fetched:
+        return _made(command(run, folder, Path(fetched)), folder / "report.html")
 
 
 def compare(uri: str, out: str, s3: Any) -> Path:
