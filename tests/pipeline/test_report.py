@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from local_cloud import emulator
@@ -129,6 +131,13 @@ def plot(cell: Any) -> dict[str, Any]:
     return dict(figure)
 
 
+def numbers(axis: Any) -> list[float]:
+    """An axis of a plot: plotly stores arrays of numbers in base64."""
+    if isinstance(axis, dict):
+        return [float(value) for value in np.frombuffer(base64.b64decode(axis["bdata"]), dtype=axis["dtype"])]
+    return [float(value) for value in axis]
+
+
 def test_the_notebook_names_the_tensors(executed):
     said = texts(cell_with(executed, "create_trial(f"))
     assert int(said.split(" tensors")[0].split()[-1]) > 0
@@ -137,16 +146,21 @@ def test_the_notebook_names_the_tensors(executed):
 
 def test_the_notebook_plots_the_losses_of_train_and_valid(executed):
     figure = plot(cell_with(executed, "modes.EVAL"))
-    lines = {trace["name"].split(":")[0]: trace for trace in figure["data"]}
-    assert set(lines) == {"train", "valid"}
-    assert len(lines["train"]["x"]) > 1
+    losses = {trace["name"].split(":")[0]: numbers(trace["y"]) for trace in figure["data"]}
+    assert set(losses) == {"train", "valid"}
+    assert len(losses["train"]) > 1
+    assert all(0 < loss < 100 for line in losses.values() for loss in line)
+    assert all(numbers(trace["x"]) == sorted(numbers(trace["x"])) for trace in figure["data"])
     assert figure["layout"]["xaxis"]["title"]["text"]
 
 
 def test_the_notebook_plots_the_cores(executed):
     figure = plot(cell_with(executed, "S3SystemMetricsReader(f"))
     assert len(figure["data"]) == os.cpu_count()
-    assert all(len(trace["x"]) > 5 for trace in figure["data"])
+    for trace in figure["data"]:
+        assert len(numbers(trace["x"])) > 5
+        assert all(0 <= percent <= 100 for percent in numbers(trace["y"]))
+        assert max(numbers(trace["y"])) > 0
 
 
 def test_the_notebook_shows_the_profilers_report_inline(executed):
