@@ -16,20 +16,33 @@ OVERRIDE ?=
 PORT ?= 4566
 EXIT ?=
 STAGE ?= dev
+# What `make report` and `make compare` take.
+RUN ?=
+BUCKET ?=
+OUT ?=
 export DATA WEIGHTS BACKBONE INPUT OVERRIDE
+export RUN BUCKET OUT
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run test test-all bench bench-training bench-preparation check synth lock clean versions
+.PHONY: help run report compare test test-all bench bench-training bench-preparation check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  make run takes: DATA=folder|archive|https URL|s3 URI|dogs  WEIGHTS=state dict  BACKBONE=torchvision name"
 	@echo "                  INPUT='{...}' (the state machine's input)  OVERRIDE='{...}' (the stage's configuration)"
 	@echo "                  PORT=4566  EXIT=1 (post one test picture and end)"
+	@echo "  make report takes:  RUN=s3://bucket/runs/execution  OUT=folder (default: below build/reports)"
+	@echo "  make compare takes: BUCKET=s3://bucket  OUT=folder"
 
 run: $(VENV)/.run $(CLI)  ## train and serve on this machine, without an AWS account
 	@$(VENV)/bin/python -m local_cloud.run --data "$$DATA" --weights "$$WEIGHTS" --backbone "$$BACKBONE" --input "$$INPUT" \
 	  --override "$$OVERRIDE" --port $(PORT) $(if $(EXIT),--exit)
+
+report: $(VENV)/.run  ## the page on one run, at any time, from S3 with your own credentials
+	@$(VENV)/bin/python -m local_cloud.report report --uri "$$RUN" --out "$$OUT"
+
+compare: $(VENV)/.run  ## the page over all runs of a bucket
+	@$(VENV)/bin/python -m local_cloud.report compare --uri "$$BUCKET" --out "$$OUT"
 
 test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among them
 	@$(VENV)/bin/python -m pytest -m "not slow"

@@ -12,7 +12,7 @@ from aws_cdk import aws_s3 as s3
 from constructs import IConstruct
 
 from infra.config import StageConfig
-from infra.roles import READS, WRITES
+from infra.roles import MANAGED, READS, WRITES
 
 KEYS = "Keys carry the name of a run or a hash of contents, both unknown when the stack is deployed; the prefix is exact."
 NAMES = "Each execution names what it makes with this stage's prefix and a hash of its own."
@@ -36,7 +36,8 @@ def accept_in_stack(stack: cdk.Stack, *, config: StageConfig, data: s3.Bucket) -
     bucket = data.node.default_child
     name = stack.get_logical_id(bucket) if isinstance(bucket, cdk.CfnElement) else ""
     keys = {key for table in (READS, WRITES) for group in table.values() for key in group if "*" in key}
-    accept(stack, "IAM5", KEYS, [f"Resource::<{name}.Arn>/{key}" for key in sorted(keys | {*OTHER_KEYS, *SMOKE_KEYS})])
+    managed = MANAGED if config.managed_debugger else ()
+    accept(stack, "IAM5", KEYS, [f"Resource::<{name}.Arn>/{key}" for key in sorted(keys | {*OTHER_KEYS, *SMOKE_KEYS, *managed})])
     kinds = ("training-job", "processing-job", "hyper-parameter-tuning-job", "model", "endpoint-config")
     arns = [_ARN.format("sagemaker", f"{kind}/{config.prefix}-*") for kind in kinds]
     arns.append(_ARN.format("sagemaker", f"model-package/{config.prefix}/*"))

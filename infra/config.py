@@ -222,7 +222,9 @@ class StageConfig(Section):
     api_url: str = "https://{api}.execute-api.{region}.{suffix}/{stage}"
     """Address of the API: ``{api}``, ``{region}``, ``{suffix}`` (amazonaws.com) and ``{stage}`` are filled in on deployment."""
     managed_debugger: bool = False
-    """Adds SageMaker Debugger's own fields to the training request. Closed to new customers since 2026-07-30."""
+    """Adds SageMaker Debugger's own fields to the training request, beside our own hook, rules and report.
+
+    Off by default: the service is closed to new customers since 2026-07-30, and need not accept its fields from them."""
     serving_image_uri: str = ""
     """An existing serving image in ECR; empty: CodeBuild builds one from model_code/Dockerfile when it is missing."""
     poll_seconds: int = Field(default=15, ge=1, le=300)

@@ -1,7 +1,7 @@
-"""Where AWS keeps the training container, by region.
+"""Where AWS keeps the training container and the managed debugger's rules, by region.
 
-A table, not a call: synthesis needs no network and no SageMaker SDK. A test compares it with ``sagemaker.core.image_uris``
-(framework ``pytorch-amzn2023``, version 2.13).
+Tables, not calls: synthesis needs no network and no SageMaker SDK. A test compares them with ``sagemaker.core.image_uris``
+(frameworks ``pytorch-amzn2023``, version 2.13, and ``debugger``).
 """
 
 from __future__ import annotations
@@ -42,6 +42,36 @@ _EXCEPTIONS = {
 
 ACCOUNTS: dict[str, str] = {**dict.fromkeys(_USUAL_REGIONS.split(), _MOST), **_EXCEPTIONS}
 """Region -> account that owns the container repository there."""
+
+DEBUGGER_REPOSITORY = "sagemaker-debugger-rules"
+DEBUGGER_TAG = "latest"
+DEBUGGER_ACCOUNTS: dict[str, str] = {
+    "af-south-1": "314341159256",
+    "ap-east-1": "199566480951",
+    "ap-northeast-1": "430734990657",
+    "ap-northeast-2": "578805364391",
+    "ap-northeast-3": "479947661362",
+    "ap-south-1": "904829902805",
+    "ap-southeast-1": "972752614525",
+    "ap-southeast-2": "184798709955",
+    "ca-central-1": "519511493484",
+    "cn-north-1": "618459771430",
+    "cn-northwest-1": "658757709296",
+    "eu-central-1": "482524230118",
+    "eu-north-1": "314864569078",
+    "eu-south-1": "563282790590",
+    "eu-west-1": "929884845733",
+    "eu-west-2": "250201462417",
+    "eu-west-3": "447278800020",
+    "me-south-1": "986000313247",
+    "sa-east-1": "818342061345",
+    "us-east-1": "503895931360",
+    "us-east-2": "915447279597",
+    "us-gov-west-1": "515509971035",
+    "us-west-1": "685455198987",
+    "us-west-2": "895741380848",
+}
+"""Region -> account that owns the rules' container there. AWS offers SageMaker Debugger in no other region."""
 
 
 def tag(gpu: bool) -> str:

@@ -51,6 +51,8 @@ ADVICE = {
     "SmokeTest": "The new model gave wrong answers through the API and was taken back; the previous one serves.",
 }
 MAX_CAPACITY_RETRIES = 3
+# A report on what there is takes a minute or two; the rest is the machine's start. Nobody waits long for news of a failure.
+LATE_REPORT_LIMIT_S = 900
 CAPACITY_PAUSE_S = 300
 
 
@@ -68,7 +70,7 @@ def definition(config: StageConfig) -> Json:
             **_registration_states(config),
             **_deployment_states(config),
             **_restore_states(config),
-            **_failure_states(),
+            **_failure_states(config),
         },
     }
 
@@ -90,6 +92,9 @@ def _input_states(config: StageConfig) -> Json:
                 "polls": 0,
                 "tuning_job": None,
                 "training_job": None,
+                "processing_jobs": dict.fromkeys(requests.PROCESSING_STATES, "none"),
+                "report_uri": "",
+                "rules_fired": "",
                 "best": None,
                 "batch_sizes": [],
                 "model_name": "",
@@ -179,7 +184,7 @@ def _data_states(config: StageConfig) -> Json:
     fitting = f"$filter($request.tuning.batch_size, function($size) {{ $size <= {pictures} }})"
     prepared["Assign"]["batch_sizes"] = ask(f"$append([], {fitting})")
     return {
-        "PrepareData": _job("PrepareData", "createProcessingJob", requests.prepare(config), processing.wait_s, "ReadPrepared"),
+        "PrepareData": _processing_job("PrepareData", requests.prepare(config), processing.wait_s, "ReadPrepared"),
         "ReadPrepared": prepared,
         "CheckBatchSize": {
             "Type": "Choice",
@@ -197,7 +202,7 @@ def _data_states(config: StageConfig) -> Json:
             "Choices": [{"Condition": ask(f"$request.recipe in {json.dumps(FEATURE_RECIPES)}"), "Next": "CacheFeatures"}],
             "Default": "Tune",
         },
-        "CacheFeatures": _job("CacheFeatures", "createProcessingJob", requests.cache_features(config), processing.wait_s, "Tune"),
+        "CacheFeatures": _processing_job("CacheFeatures", requests.cache_features(config), processing.wait_s, "Tune"),
     }
 
 
@@ -214,12 +219,13 @@ def _training_states(config: StageConfig) -> Json:
     search_s = min(5 * 86_400, config.tuning_jobs.wait_s * config.max_trials)
     tune = _job("Tune", "createHyperParameterTuningJob", requests.tuning(config), search_s, "Train")
     tune["Assign"] = {"best": ask(_found()), "tuning_job": ask("$states.result.HyperParameterTuningJobName")}
-    tune["Catch"] = _catch("Tune", "TrialsFailed")
+    tune["Catch"] = _catch("Tune", "TrialsFailed", tuning_job=_failed_name("HyperParameterTuningJobName", "'none'"))
     train = _job("Train", "createTrainingJob", requests.training(config), config.training.wait_s, "Evaluate")
     train["Assign"] = {
         "training_job": ask("$states.result.TrainingJobName"),
         "trained_model": ask("$states.result.ModelArtifacts.S3ModelArtifacts"),
     }
+    train["Catch"] = _catch("Train", "CapacityMissing", training_job=_failed_name("TrainingJobName", "'none'"))
     return {"Tune": tune, **_trial_failure_states(), "Train": train}
 
 
@@ -244,7 +250,7 @@ def _trial_failure_states() -> Json:
 
     It also lets a lack of capacity, which only the trials name, be waited out.
     """
-    described = "$substring($failure.cause, 0, 1) = '{' ? $substring($failure.cause, -1) = '}' : false"
+    described = _described("$failure.cause")
     tuning = "$parse($failure.cause)"
     first = "$states.result.TrainingJobSummaries[0]"
     sentence = f"'Trial ' & {first}.TrainingJobName & ': ' & {first}.FailureReason"
@@ -275,7 +281,7 @@ def _trial_failure_states() -> Json:
             "Type": "Choice",
             "Choices": [
                 {
-                    "Condition": ask(f"({described}) ? {tuning}.HyperParameterTuningJobStatus = 'Failed' : false"),
+                    "Condition": ask(f"{described} ? {tuning}.HyperParameterTuningJobStatus = 'Failed' : false"),
                     "Next": "ReadTrialFailure",
                 }
             ],
@@ -295,10 +301,18 @@ def _evaluation_states(config: StageConfig) -> Json:
         "$summary.top1 >= $request.quality_gate.min_top1 and ($type($summary.champion_top1) = 'number' ? "
         "$summary.top1 + 0.000000001 >= $summary.champion_top1 - $request.quality_gate.max_drop : true)"
     )
+    # The page is told of the gate's verdict before the gate is reached: a second report for it would be a second job.
+    outcome = f"{good_enough} ? '' : 'Refused: ' & {_shortfall()} & '. Nothing was deployed.'"
+    report = _job("Report", "createProcessingJob", requests.report(config, outcome), processing.wait_s, "QualityGate")
+    report["Assign"] = {
+        "report_uri": ask(requests.run_uri("report/report.html")),
+        # The job's last word: the names of the rules that fired.
+        "rules_fired": ask("$exists($states.result.ExitMessage) ? $states.result.ExitMessage : ''"),
+    }
     return {
-        "Evaluate": _job("Evaluate", "createProcessingJob", requests.evaluate(config), processing.wait_s, "ReadEvaluation"),
+        "Evaluate": _processing_job("Evaluate", requests.evaluate(config), processing.wait_s, "ReadEvaluation"),
         "ReadEvaluation": read,
-        "Report": _job("Report", "createProcessingJob", requests.report(config), processing.wait_s, "QualityGate"),
+        "Report": report,
         "QualityGate": {
             "Type": "Choice",
             "Choices": [{"Condition": ask(good_enough), "Next": _after_gate(config)}],
@@ -313,13 +327,20 @@ def _evaluation_states(config: StageConfig) -> Json:
     }
 
 
-def _refusal() -> str:
-    """JSONata source of the sentence about a refused model, with the numbers."""
+def _shortfall() -> str:
+    """JSONata source: what a refused model reached, and what was expected."""
     return (
         "'Test top1 is ' & $string($round($summary.top1, 4)) & '; expected at least ' & "
         "$string($request.quality_gate.min_top1) & ($type($summary.champion_top1) = 'number' ? ' and at most ' & "
         "$string($request.quality_gate.max_drop) & ' below the serving model with ' & "
-        "$string($round($summary.champion_top1, 4)) : '') & '. Nothing was deployed; the endpoint is as before. Report: ' & "
+        "$string($round($summary.champion_top1, 4)) : '')"
+    )
+
+
+def _refusal() -> str:
+    """JSONata source of the message about a refused model: the numbers, the report, and what to do."""
+    return (
+        f"{_shortfall()} & '. Nothing was deployed; the endpoint is as before. Report: ' & "
         f"{requests.run_uri('report/report.html')} & '. Give more data or epochs, another backbone, or another quality_gate.'"
     )
 
@@ -543,6 +564,7 @@ def _result(config: StageConfig) -> Json:
         "test_top1": ask("$champion.top1"),
         # With action deploy nothing was trained: these are null.
         **{name: ask(f"$exists(${name}) ? ${name} : null") for name in ("champion_top1", "training_job", "tuning_job")},
+        "rules_fired": ask("$append([], $filter($split($rules_fired, ','), function($name) { $not($name in ['', 'none']) }))"),
         "best_hyperparameters": ask("$exists($best) ? $best : null"),
         "dataset_hash": ask("$champion.dataset_hash"),
     }
@@ -616,7 +638,7 @@ def _restore_states(config: StageConfig) -> Json:
     }
 
 
-def _failure_states() -> Json:
+def _failure_states(config: StageConfig) -> Json:
     """Lack of capacity is waited out; anything else removes what this execution made, is reported, and ends in Failed."""
     scarce = (
         f"$attempt < {MAX_CAPACITY_RETRIES} and $contains($failure.cause, "
@@ -639,7 +661,8 @@ def _failure_states() -> Json:
             "Choices": [{"Condition": ask(f"$failure.state = '{name}'"), "Next": name} for name in JOB_STATES],
             "Default": "CleanUp",
         },
-        "CleanUp": {**clean_up, "Next": "NotifyFailure", "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "NotifyFailure"}]},
+        "CleanUp": {**clean_up, "Next": "ChooseReport", "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "ChooseReport"}]},
+        **_late_report_states(config),
         "NotifyFailure": {
             **_publish("Classifier run failed", _explanation()),
             "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "Failed"}],
@@ -649,22 +672,55 @@ def _failure_states() -> Json:
     }
 
 
-def _explanation() -> str:
-    """JSONata source: which state failed, why, and what to do. A job's own message is dug out of its description.
+def _late_report_states(config: StageConfig) -> Json:
+    """The page on a run that failed, with what is known of it. Best effort: its own failure hides nothing.
 
-    JSONata's regular expressions have no flag for a dot that matches line ends: the form is tested by first and last letter.
+    ``action: deploy`` has no run to report on; where the report itself failed, a second one would fail as well.
     """
+    limit_s = min(LATE_REPORT_LIMIT_S, config.processing.max_runtime_s)
+    request = requests.report(config, f"$failure.state & ' failed: ' & {_reason()}")
+    request["StoppingCondition"] = {"MaxRuntimeInSeconds": limit_s}
+    report = _task("ReportFailure", f"{OPTIMIZED}:createProcessingJob.sync", request, "NotifyFailure", timeout_s=limit_s + 900)
+    report["Assign"] = {"report_uri": ask(requests.run_uri("report/report.html"))}
+    report["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "NotifyFailure"}]
+    worthwhile = "$request.action = 'train' and $failure.state != 'Report'"
+    return {
+        "ChooseReport": {
+            "Type": "Choice",
+            "Choices": [{"Condition": ask(worthwhile), "Next": "ReportFailure"}],
+            "Default": "NotifyFailure",
+        },
+        "ReportFailure": report,
+    }
+
+
+def _described(cause: str) -> str:
+    """JSONata source: whether a failure's cause is a job's description, as ``.sync`` gives it, rather than a sentence.
+
+    JSONata's regular expressions have no flag for a dot that matches line ends: the form is tested by first and last letters.
+    """
+    return f"($substring({cause}, 0, 2) = '{{\"' ? $substring({cause}, -1) = '}}' : false)"
+
+
+def _reason() -> str:
+    """JSONata source: why a state failed. A job's own message is dug out of its description."""
     return (
-        "($c := $failure.cause; $inside := function($name) "
-        "{ $substring($c, 0, 1) = '{' ? ($substring($c, -1) = '}' ? $contains($c, $name) : false) : false }; "
-        "$job := $inside('ExitMessage') or $inside('FailureReason') ? $parse($c) : {}; "
-        "$why := $exists($job.ExitMessage) ? $job.ExitMessage : $exists($job.FailureReason) ? $job.FailureReason : "
-        "$inside('errorMessage') ? $parse($c).errorMessage : $c; "
+        f"($c := $failure.cause; $facts := {_described('$c')} ? $parse($c) : {{}}; "
+        "$exists($facts.ExitMessage) ? $facts.ExitMessage : $exists($facts.FailureReason) ? $facts.FailureReason : "
+        "$exists($facts.errorMessage) ? $facts.errorMessage : $c)"
+    )
+
+
+def _explanation() -> str:
+    """JSONata source: which state failed, why, what to do, and where the report is."""
+    return (
+        f"($why := {_reason()}; "
         f"$advice := $lookup({json.dumps(ADVICE)}, $failure.state); "
         "$end := $substring($why, -1) in ['.', '!', '?'] ? ' ' : '. '; "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & $end & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "
-        "' What this run had deployed was removed; a model that served before still does.')"
+        "' What this run had deployed was removed; a model that served before still does.' & "
+        "($report_uri = '' ? '' : ' Report: ' & $report_uri))"
     )
 
 
@@ -689,6 +745,24 @@ def _job(name: str, call: str, request: Json | str, limit_s: int, following: str
     state = _task(name, f"{OPTIMIZED}:{call}.sync", request, following, timeout_s=limit_s + 1800)
     state["Catch"] = _catch(name, "CapacityMissing")
     return state
+
+
+def _processing_job(name: str, request: Json, limit_s: int, following: str) -> Json:
+    """A processing job whose name is kept for the report: it tells the job's duration and cost."""
+    state = _job(name, "createProcessingJob", request, limit_s, following)
+    kept = f"$merge([$processing_jobs, {{'{name}': {{0}}}}])"
+    state["Assign"] = {"processing_jobs": ask(kept.replace("{0}", "$states.result.ProcessingJobName"))}
+    failed = _failed_name("ProcessingJobName", f"$processing_jobs.{name}")
+    state["Catch"] = _catch(name, "CapacityMissing", processing_jobs=kept.replace("{0}", failed))
+    return state
+
+
+def _failed_name(field: str, otherwise: str) -> str:
+    """JSONata source: the name of the job that failed, from its description; ``otherwise`` when it did not even start."""
+    cause = "$string($states.errorOutput.Cause)"
+    return (
+        f"($c := {cause}; {_described('$c')} ? ($name := $parse($c).{field}; $exists($name) ? $name : {otherwise}) : {otherwise})"
+    )
 
 
 def _read_json(name: str, key: str, variable: str, following: str) -> Json:
@@ -736,14 +810,15 @@ def _retry(errors: list[str], *, interval_s: int = 3, attempts: int = 3) -> Json
     }
 
 
-def _catch(name: str, following: str = "CleanUp") -> list[Json]:
-    """Remember which state failed and why."""
+def _catch(name: str, following: str = "CleanUp", **variables: str) -> list[Json]:
+    """Remember which state failed and why; ``variables`` are JSONata sources of what else to remember."""
     failure = {
         "state": name,
         "error": ask("$states.errorOutput.Error"),
         "cause": ask("$exists($states.errorOutput.Cause) ? $string($states.errorOutput.Cause) : ''"),
     }
-    return [{"ErrorEquals": ["States.ALL"], "Assign": {"failure": failure}, "Next": following}]
+    assigned = {"failure": failure, **{variable: ask(source) for variable, source in variables.items()}}
+    return [{"ErrorEquals": ["States.ALL"], "Assign": assigned, "Next": following}]
 
 
 class Pipeline(Construct):

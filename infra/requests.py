@@ -3,7 +3,8 @@
 Fixed values are plain; values known only in an execution are JSONata (``{% … %}``), which Step Functions evaluates. ``Raw``
 marks JSONata inside a structure that ``jsonata`` renders as one expression. Variables of the state machine:
 ``$run`` (execution name), ``$request`` (checked input), ``$dataset`` (prepare's result.json), ``$static`` (hyperparameters that are
-not searched), ``$batch_sizes`` (those that the data set can fill), ``$best`` (hyperparameters found by the search).
+not searched), ``$batch_sizes`` (those that the data set can fill), ``$best`` (hyperparameters found by the search),
+``$processing_jobs`` (state -> its job's name, ``none`` where it did not run).
 ``${Name}`` is filled in by CloudFormation (DefinitionSubstitutions).
 """
 
@@ -162,23 +163,36 @@ def evaluate(config: StageConfig) -> Json:
     return _processing(config, "eval", "EvaluateRole", "evaluate.py", flags, inputs, outputs)
 
 
-def report(config: StageConfig) -> Json:
-    """Report: rules and the profiler report, and one page on the whole run."""
+PROCESSING_STATES = ("PrepareData", "CacheFeatures", "Evaluate")
+"""States whose processing jobs the report is told, by ``$processing_jobs``."""
+
+
+def report(config: StageConfig, outcome: str) -> Json:
+    """Report: rules and the profiler report, and one page on the whole run.
+
+    ``outcome`` is JSONata source: why the run failed or was refused, for the page's head; an empty text when all is well.
+    """
     flags = {
         "run": ask("$run"),
         "run_dir": f"{INPUT}/run",
         "run_uri": ask("'s3://${DataBucket}/runs/' & $run"),
-        "tuning_job": ask("$tuning_job"),
-        "training_job": ask("$training_job"),
+        "tuning_job": ask("$type($tuning_job) = 'string' ? $tuning_job : 'none'"),
+        "training_job": ask("$type($training_job) = 'string' ? $training_job : 'none'"),
+        "processing_jobs": ask(" & ',' & ".join(f"$processing_jobs.{state}" for state in PROCESSING_STATES)),
+        "outcome": ask(one_line(outcome)),
         "report": f"{OUTPUT}/report",
         "rules": f"{OUTPUT}/rules",
     }
-    # Tensors and profile are fetched by the job itself: SageMaker fails a job of which an input is empty, and they are when
-    # the training could not upload them.
-    folders = ("prepare", "evaluation")
-    inputs = [_read(f"run-{folder}", ask(run_uri(f"{folder}/")), f"run/{folder}") for folder in folders]
+    # The run's files are fetched by the job itself: SageMaker fails a job of which an input is empty, and a run that failed
+    # left only some of them.
     outputs = {"report": ("report", ask(run_uri("report"))), "rules": ("rules", ask(run_uri("rule-output")))}
-    return _processing(config, "report", "ReportRole", "report.py", flags, inputs, outputs)
+    return _processing(config, "report", "ReportRole", "report.py", flags, [], outputs)
+
+
+def one_line(text: str) -> str:
+    """JSONata source: ``text`` as a container's argument, which holds one line of at most 256 characters."""
+    line = rf"$replace({text}, /\s+/, ' ')"
+    return f"($line := {line}; $length($line) > 256 ? $substring($line, 0, 255) & '…' : $line)"
 
 
 def _processing(
@@ -369,21 +383,49 @@ def training(config: StageConfig) -> Json:
     }
     request["Environment"] = {**request["Environment"], "RUN_OUTPUT_URI": ask("'s3://${DataBucket}/runs/' & $run")}
     # Without these fields the profiler is off. Even to switch it off is not asked: a closed service need not accept its fields.
-    return request | (managed_debugger() if config.managed_debugger else {})
+    if not config.managed_debugger:
+        return request
+    request["Environment"] = {**request["Environment"], **_OWN_HOOK_ONLY}
+    return request | managed_debugger()
+
+
+MANAGED_RULES = ("LossNotDecreasing", "Overfit", "Overtraining")
+"""AWS's rules that need the losses alone. Those on weights and gradients want every value; our hook saves their statistics."""
+
+_OWN_HOOK_ONLY = {
+    "SMDEBUG_CONFIG_FILE_PATH": "/opt/ml/input/config/no-debughookconfig.json",
+    "SMPROFILER_CONFIG_PATH": "/opt/ml/input/config/no-profilerconfig.json",
+}
+"""SageMaker mounts the configuration of its own hook and profiler, which smdebug would obey: these name files that do not exist, so
+that the hook of the training code stays the only one. The managed rules read what that one writes to ``LocalPath``."""
 
 
 def managed_debugger() -> Json:
-    """SageMaker Debugger's fields, for accounts that still have it (closed to new customers since 2026-07-30)."""
+    """SageMaker Debugger's fields, for accounts that still have it (closed to new customers since 2026-07-30).
+
+    SageMaker adds ``/<job>/debug-output`` and ``/<job>/profiler-output`` to the paths; a prefix of its own keeps them apart from
+    what the training uploads itself.
+    """
+    managed = ask(run_uri("managed"))
     return {
         "DebugHookConfig": {
-            "S3OutputPath": ask(run_uri("debug-output")),
+            "S3OutputPath": managed,
             "LocalPath": "/opt/ml/output/tensors",
-            "CollectionConfigurations": [{"CollectionName": "losses", "CollectionParameters": {"save_interval": "50"}}],
+            "CollectionConfigurations": [{"CollectionName": "losses"}],
         },
-        "ProfilerConfig": {
-            "S3OutputPath": ask(run_uri("profiler-output")),
-            "ProfilingIntervalInMilliseconds": 500,
-        },
+        "DebugRuleConfigurations": [_managed_rule(name, managed) for name in MANAGED_RULES],
+        "ProfilerConfig": {"S3OutputPath": managed, "ProfilingIntervalInMilliseconds": 500},
+        "ProfilerRuleConfigurations": [_managed_rule("ProfilerReport", managed)],
+    }
+
+
+def _managed_rule(name: str, output: str) -> Json:
+    """One of AWS's built-in rules, run in AWS's container beside the training."""
+    return {
+        "RuleConfigurationName": name,
+        "RuleEvaluatorImage": "${DebuggerImage}",
+        "RuleParameters": {"rule_to_invoke": name},
+        "S3OutputPath": output,
     }
 
 

@@ -40,6 +40,19 @@ WRITES: dict[str, tuple[str, ...]] = {
 """Keys of the data bucket that each kind of job writes."""
 
 
+MANAGED = ("runs/*/managed/*",)
+"""What the managed debugger writes, and its rules read, where a stage has it."""
+
+REPORTED: dict[str, tuple[str, ...]] = {
+    "training-job": ("DescribeTrainingJob",),
+    "processing-job": ("DescribeProcessingJob",),
+    "hyper-parameter-tuning-job": ("DescribeHyperParameterTuningJob", "ListTrainingJobsForHyperParameterTuningJob"),
+}
+"""Kind of job -> what the report asks of those of its stage."""
+
+PULL = ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage"]
+
+
 def allow(role: iam.Role, actions: list[str], resources: list[str], conditions: dict[str, Any] | None = None) -> None:
     """Grant actions on resources."""
     role.add_to_policy(iam.PolicyStatement(actions=actions, resources=resources, conditions=conditions))
@@ -85,19 +98,23 @@ class JobRoles(Construct):
         self.roles = {name: self._job_role(name, bucket, code) for name in ROLES}
         for source in config.source_buckets:
             read_keys(self.roles["PrepareRole"], s3.Bucket.from_bucket_name(self, f"Source-{source}", source), ("*",))
-        allow(
-            self.roles["ReportRole"],
-            [
-                "sagemaker:DescribeTrainingJob",
-                "sagemaker:DescribeHyperParameterTuningJob",
-                "sagemaker:ListTrainingJobsForHyperParameterTuningJob",
-            ],
-            sagemaker_arns(config.prefix, ["training-job", "hyper-parameter-tuning-job"]),
-        )
+        # What the run's jobs took and how they ended.
+        for kind, actions in REPORTED.items():
+            allow(self.roles["ReportRole"], [f"sagemaker:{action}" for action in actions], sagemaker_arns(config.prefix, [kind]))
+        if config.managed_debugger:
+            self._grant_managed_debugger(self.roles["TrainingRole"], bucket)
         # Checkpoints are overwritten and the oldest removed while a spot job runs.
         allow(self.roles["TrainingRole"], ["s3:DeleteObject"], [bucket.arn_for_objects("runs/*/checkpoints/*")])
         self.endpoint = self._sagemaker_role("EndpointRole", "Serves a model")
         read_keys(self.endpoint, bucket, ("models/*",))
+
+    def _grant_managed_debugger(self, role: iam.Role, bucket: s3.IBucket) -> None:
+        """SageMaker Debugger's rules take the training's role: they read what its hook wrote, and write what they found."""
+        read_keys(role, bucket, MANAGED)
+        write_keys(role, bucket, MANAGED)
+        account = region_account(self, "DebuggerRules", images.DEBUGGER_ACCOUNTS)
+        repository = f"arn:{Aws.PARTITION}:ecr:{Aws.REGION}:{account}:repository/{images.DEBUGGER_REPOSITORY}"
+        allow(role, PULL, [repository])
 
     def _sagemaker_role(self, name: str, description: str) -> iam.Role:
         """A role for SageMaker with what every container needs: logs, metrics, and a registry login."""
@@ -122,11 +139,7 @@ class JobRoles(Construct):
         role = self._sagemaker_role(name, f"SageMaker jobs: {name.removesuffix('Role').lower()}")
         account = images_account(self)
         repository = f"arn:{Aws.PARTITION}:ecr:{Aws.REGION}:{account}:repository/{images.REPOSITORY}"
-        allow(
-            role,
-            ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage"],
-            [repository],
-        )
+        allow(role, PULL, [repository])
         read_keys(role, bucket, READS[name])
         write_keys(role, bucket, WRITES[name])
         read_keys(role, code.bucket, (code.s3_object_key,))
@@ -134,14 +147,24 @@ class JobRoles(Construct):
 
 
 def images_account(scope: Construct) -> str:
-    """The account that owns AWS's training containers in the region of the deployment, looked up in the template."""
+    """The account that owns AWS's training containers in the region of the deployment."""
+    return region_account(scope, "TrainingContainers", images.ACCOUNTS)
+
+
+def region_account(scope: Construct, name: str, accounts: dict[str, str]) -> str:
+    """The one of ``accounts`` (region -> account) for the region of the deployment, looked up in the template's table ``name``."""
     stack = Stack.of(scope)
-    name = "TrainingContainers"
     table = stack.node.try_find_child(name)
     if not isinstance(table, CfnMapping):
-        rows = {region: {"account": account} for region, account in images.ACCOUNTS.items()}
+        rows = {region: {"account": account} for region, account in accounts.items()}
         table = CfnMapping(stack, name, mapping=rows, lazy=True)
     return table.find_in_map(Aws.REGION, "account")
+
+
+def debugger_image(scope: Construct) -> str:
+    """URI of the container with SageMaker Debugger's rules."""
+    account = region_account(scope, "DebuggerRules", images.DEBUGGER_ACCOUNTS)
+    return f"{account}.dkr.ecr.{Aws.REGION}.{Aws.URL_SUFFIX}/{images.DEBUGGER_REPOSITORY}:{images.DEBUGGER_TAG}"
 
 
 def training_image(scope: Construct, gpu: bool) -> str:

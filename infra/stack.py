@@ -14,7 +14,7 @@ from infra.config import StageConfig
 from infra.functions import Function
 from infra.operations import Notifications, OnDestroy, Watch, clean_up
 from infra.pipeline import Pipeline
-from infra.roles import JobRoles, allow, grant_orchestration, read_keys, service_role, training_image
+from infra.roles import JobRoles, allow, debugger_image, grant_orchestration, read_keys, service_role, training_image
 from infra.serving import PredictApi, ServerImage, smoke_test
 from infra.storage import Storage
 
@@ -67,6 +67,7 @@ class ImageClassifier(Stack):
                 "CleanUpFunctionArn": cleaner.function.function_arn,
                 "TopicArn": notifications.topic.topic_arn,
                 "ApiUrl": predict.url,
+                **({"DebuggerImage": debugger_image(self)} if config.managed_debugger else {}),
             },
         )
         machine = pipeline.machine

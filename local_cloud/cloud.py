@@ -28,6 +28,7 @@ import boto3
 from local_cloud import emulator, validation
 from local_cloud.codebuild import CodeBuild
 from local_cloud.images import Images
+from local_cloud.live import PREFIX, LiveReports
 from local_cloud.sagemaker import SageMaker, Settings
 from local_cloud.service import Caller, Service, ServiceError
 from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
@@ -53,13 +54,14 @@ class LocalCloud:
         self.account = emulator.ACCOUNT
         self._sessions: dict[tuple[str, str, str], tuple[float, boto3.Session]] = {}
         self._sessions_lock = threading.Lock()
-        images = Images(self)
+        images, states = Images(self), StepFunctions(self)
         self._sagemaker = SageMaker(self, images, settings)
         self._services: dict[str, Service] = {
             "sagemaker": self._sagemaker,
-            "stepfunctions": StepFunctions(self),
+            "stepfunctions": states,
             "codebuild": CodeBuild(self, images),
         }
+        self._live = LiveReports(self, states.executions)
         self._ministack = emulator.application()
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
@@ -84,6 +86,7 @@ class LocalCloud:
         """Stop executions first, so that they stop their jobs; then the services, whose children are waited for."""
         for name in ("stepfunctions", "codebuild", "sagemaker"):
             self._services[name].stop()
+        self._live.stop()
 
     # -- ASGI --
 
@@ -92,6 +95,9 @@ class LocalCloud:
             await self._ministack(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if _asks_for_report(scope, headers):
+            await _send(send, *await asyncio.to_thread(self._live.answer, scope["path"], headers.get("host", "")))
+            return
         target = _target(scope, headers)
         if target is None:
             # The loopback interface stands for TLS: a load balancer that ended it would say so with this header.
@@ -99,9 +105,7 @@ class LocalCloud:
             await self._ministack(secure, receive, _watched(send, self._denied, scope, headers))
             return
         body = await _read(receive)
-        status, answer_headers, answer = await asyncio.to_thread(self._answer, target, scope, headers, body)
-        await send({"type": "http.response.start", "status": status, "headers": _encode(answer_headers)})
-        await send({"type": "http.response.body", "body": answer})
+        await _send(send, *await asyncio.to_thread(self._answer, target, scope, headers, body))
 
     def _answer(
         self, target: tuple[str, str], scope: Scope, headers: dict[str, str], body: bytes
@@ -146,6 +150,17 @@ class LocalCloud:
         line = json.dumps({"time": time.time(), "action": action, "message": message[:500]})
         with (self.root / "denied.jsonl").open("a") as log:
             log.write(line + "\n")
+
+
+def _asks_for_report(scope: Scope, headers: dict[str, str]) -> bool:
+    """Whether a browser asks for a run's page. S3 would be asked for a bucket of that name with a signature."""
+    signed = "authorization" in headers or b"Signature=" in scope.get("query_string", b"")
+    return scope["method"] == "GET" and not signed and (scope["path"] == "/report" or scope["path"].startswith(PREFIX))
+
+
+async def _send(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": _encode(headers)})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _target(scope: Scope, headers: dict[str, str]) -> tuple[str, str] | None:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from local_cloud import emulator, source
+from local_cloud import emulator, live, source
 from local_cloud.progress import Follower
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -262,6 +262,7 @@ def execute(
     name = datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S")
     started = states.start_execution(stateMachineArn=outputs["StateMachineArn"], name=name, input=json.dumps(machine_input))
     console.print(f"Execution {name}, input {json.dumps(machine_input)}", markup=False)
+    console.print(f"Live report: {os.environ['AWS_ENDPOINT_URL']}{live.PREFIX}{name}", markup=False)
     follower = Follower(
         states=states,
         sagemaker=client("sagemaker"),
@@ -314,7 +315,9 @@ def _describe_data(kept: Path, console: Console) -> None:
 
 def _failure_message(ended: dict[str, Any], kept: Path) -> str:
     cause = ended.get("cause") or ended.get("error") or "no cause given"
-    return f"the execution {ended['name']} {ended['status'].lower().replace('_', ' ')}: {cause}\nWhat is known of it: {kept}"
+    page = kept / "report" / "report.html"
+    known = page if page.exists() else kept
+    return f"the execution {ended['name']} {ended['status'].lower().replace('_', ' ')}: {cause}\nWhat is known of it: {known}"
 
 
 def _announce(outputs: dict[str, str], ended: dict[str, Any], kept: Path, console: Console) -> None:

@@ -60,9 +60,13 @@ class StepFunctions:
         }
         return handlers[operation](request)
 
+    def executions(self) -> list[Execution]:
+        """All executions so far, those that have ended among them."""
+        return list(self._executions.values())
+
     def stop(self) -> None:
         """Abort what runs, so that its jobs are stopped."""
-        for execution in list(self._executions.values()):
+        for execution in self.executions():
             if execution.exec_status == "RUNNING":
                 execution.stop(stop_date=datetime.now(UTC), error="LocalCloud.Stopped", cause="The local cloud was stopped")
 
@@ -140,7 +144,7 @@ class StepFunctions:
     def _list(self, request: dict[str, Any]) -> dict[str, Any]:
         items = [
             dict(e.to_execution_list_item())
-            for e in self._executions.values()
+            for e in self.executions()
             if e.state_machine_arn == request.get("stateMachineArn") and request.get("statusFilter") in (None, e.exec_status)
         ]
         return {"executions": sorted(items, key=lambda item: item["startDate"], reverse=True)}

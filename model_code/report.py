@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from classifier.config import parse_dataclass
-from classifier.errors import run_entry_point
+from classifier.errors import run_entry_point, write_message
 from classifier.reporting import ReportFlags, write
 
 
@@ -15,6 +15,7 @@ def main(argv: list[str]) -> None:
     for note in facts["notes"]:
         print(f"note: {note}", flush=True)
     print(f"rules_fired={','.join(fired) or 'none'}", flush=True)
+    write_message(",".join(fired) or "none")  # the state machine names them in its output
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ _PACKAGE = frozenset(
 
 SUPPORTED: dict[str, frozenset[str]] = {
     "CreateTrainingJob": _TRAINING
-    | {"TrainingJobName", "HyperParameters", _TAGS, "ProfilerConfig.DisableProfiler"}
+    | {"TrainingJobName", "HyperParameters", _TAGS}
     | _below("AlgorithmSpecification", "ContainerEntrypoint", "ContainerArguments"),
     "CreateProcessingJob": frozenset({"ProcessingJobName", "RoleArn", "Environment", "AppSpecification", _TAGS})
     | _below("ProcessingInputs", "InputName", "S3Input")
@@ -132,6 +132,10 @@ IGNORED: dict[str, dict[str, str]] = {
         **_TRAINING_IGNORED,
         "ResourceConfig.KeepAlivePeriodInSeconds": "there is no cluster to keep warm",
         "AlgorithmSpecification.EnableSageMakerMetricsTimeSeries": "metrics are kept with the job in any case",
+        **dict.fromkeys(
+            ("DebugHookConfig", "DebugRuleConfigurations", "ProfilerConfig", "ProfilerRuleConfigurations"),
+            "the managed debugger's agent and rules are AWS's containers; the job's own hook and rules run here too",
+        ),
     },
     "CreateProcessingJob": {
         "ProcessingResources.ClusterConfig.InstanceType": _MACHINE,
@@ -167,7 +171,6 @@ IGNORED["UpdateEndpoint"] = {
 }
 
 _VPC = "local containers share this machine's network"
-_DEBUGGER = "the managed debugger and profiler are AWS's containers (and closed to new customers); rules run inside the jobs"
 _ONE = "one instance per job and per endpoint variant is emulated"
 _ONE_JOB = "jobs run on this machine alone: several instances, and torchrun over them, need AWS"
 _PLAIN = "files are handed over as they are: unpack in the job"
@@ -183,7 +186,6 @@ VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "OutputDataConfig.CompressionType": (("GZIP",), "the model is always packed as model.tar.gz"),
         "ResourceConfig.InstanceCount": ((1,), _ONE_JOB),
         "EnableNetworkIsolation": ((False,), _VPC),
-        "ProfilerConfig.DisableProfiler": ((True,), _DEBUGGER),
     },
     "CreateProcessingJob": {
         "ProcessingInputs.S3Input.S3DataType": (("S3Prefix",), "manifests are not emulated: give a prefix"),
@@ -209,18 +211,12 @@ VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
 """Fields of which only some values are emulated: field → (values, reason)."""
 VALUES["UpdateEndpoint"] = VALUES["CreateEndpoint"]
 VALUES["CreateHyperParameterTuningJob"] = {
-    f"TrainingJobDefinition.{path}": rule
-    for path, rule in VALUES["CreateTrainingJob"].items()
-    if not path.startswith("ProfilerConfig")
+    f"TrainingJobDefinition.{path}": rule for path, rule in VALUES["CreateTrainingJob"].items()
 }
 
 REFUSED: dict[str, dict[str, str]] = {
     "CreateTrainingJob": {
         "VpcConfig": _VPC,
-        "DebugHookConfig": _DEBUGGER,
-        "DebugRuleConfigurations": _DEBUGGER,
-        "ProfilerConfig": _DEBUGGER,
-        "ProfilerRuleConfigurations": _DEBUGGER,
         "TensorBoardOutputConfig": "write to the output folder or S3 instead",
         "ExperimentConfig": "SageMaker Experiments are not emulated",
         "AlgorithmSpecification.AlgorithmName": "marketplace algorithms need their containers",

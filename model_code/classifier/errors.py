@@ -48,6 +48,16 @@ def write_failure(reason: str) -> None:
         print(f"note: {output} is not writable ({problem.strerror})", file=sys.stderr)
 
 
+def write_message(text: str) -> None:
+    """Leave a processing job's last word where SageMaker looks for it: DescribeProcessingJob shows it as ``ExitMessage``.
+
+    Outside a container, where there is no ``/opt/ml``, nothing is written.
+    """
+    if base_dir().is_dir():
+        (base_dir() / "output").mkdir(exist_ok=True)
+        (base_dir() / "output" / "message").write_text(text[:MAX_REASON], encoding="utf-8")
+
+
 def one_line(problem: BaseException) -> str:
     """The message on one line; unexpected exceptions keep their type's name."""
     text = " ".join(str(problem).split()) or "no message"

@@ -17,7 +17,7 @@ CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (PROJECT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 DESCRIBED = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
-FOLDERS = ("app.py", "docs", "infra", "lambdas", "local_cloud", "model_code", "tests", "web")
+FOLDERS = ("app.py", "docs", "infra", "lambdas", "local_cloud", "model_code", "notebooks", "tests", "web")
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -98,6 +98,14 @@ def test_values_reach_the_launcher_as_they_are() -> None:
     assert '--data "$DATA"' in shown, "the shell, not make, puts the value in: quotes and spaces survive"
     assert '--input "$INPUT"' in shown
     assert "--port 4601 --exit" in shown
+
+
+def test_the_variables_of_make_report_and_make_compare_reach_the_script() -> None:
+    given = ["RUN=s3://b/runs/it's", "BUCKET=s3://b c", "OUT=a folder"]
+    for target, word in (("report", '--uri "$RUN"'), ("compare", '--uri "$BUCKET"')):
+        shown = subprocess.run(["make", "-n", target, *given], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+        assert f'local_cloud.report {target} {word} --out "$OUT"' in shown
+    assert {"RUN", "BUCKET", "OUT"} == set(re.findall(r"^export (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 
 
 # ---- Paths --------------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_smdebug_opens_the_tensors(outputs_folder):
     assert losses
     steps = trial.tensor(losses[0]).steps()
     assert len(steps) > 1
-    assert float(trial.tensor(losses[0]).value(steps[0])) > 0
+    assert float(trial.tensor(losses[0]).value(steps[0]).mean()) > 0
 
 
 @pytest.mark.filterwarnings("ignore")

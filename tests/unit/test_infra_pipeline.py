@@ -17,7 +17,7 @@ from botocore.validate import ParamValidator
 from infra import requests
 from infra.config import ConfigError, StageConfig, load, merged
 from infra.pipeline import definition
-from infra.roles import READS, WRITES
+from infra.roles import MANAGED, READS, WRITES
 from local_cloud.interpreter import QueryError, evaluate_jsonata
 
 ROOT_CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
@@ -33,6 +33,7 @@ VALUES = {
     "ServerRepository": "dogs-dev-server",
     "ServerTag": "tag",
     "ServerProject": "dogs-dev-server",
+    "DebuggerImage": "503895931360.dkr.ecr.us-east-1.amazonaws.com/sagemaker-debugger-rules:latest",
     "TopicArn": "arn:aws:sns:us-east-1:000000000000:topic",
     "ApiUrl": "https://api.example/dev",
     "SmokeTestFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:smoke",
@@ -169,6 +170,11 @@ class Account:
             return fault
         return getattr(self, "on" + re.sub("([A-Z])", r"_\1", name).lower(), lambda _: {})(request)
 
+    def on_prepare_data(self, request: dict[str, Any]) -> Any:
+        return {"ProcessingJobName": request["ProcessingJobName"]}
+
+    on_cache_features = on_evaluate = on_report = on_report_failure = on_prepare_data
+
     def on_read_prepared(self, request: dict[str, Any]) -> Any:
         result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_classes": 10}
         result["num_pictures"] = {"train": 1000, "valid": 100, "test": 100}
@@ -231,6 +237,12 @@ def walk(given: Any, *, stage: str = "dev", account: Account | None = None, **ov
     return machine, name, output
 
 
+def flags(machine: Walk, state: str) -> dict[str, str]:
+    """What a job's script is told, by flag."""
+    words = machine.requests[state]["AppSpecification"]["ContainerArguments"]
+    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
 # --- a run that works ------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +262,7 @@ def test_run_visits_every_state_of_the_design_in_order():
     assert output["report_uri"] == f"s3://{BUCKET}/runs/run-1/report/report.html"
     assert set(output) == {
         *("run", "api_url", "endpoint", "report_uri", "model_package", "model_data_url", "test_top1", "champion_top1"),
-        *("training_job", "tuning_job", "best_hyperparameters", "dataset_hash"),
+        *("training_job", "tuning_job", "best_hyperparameters", "dataset_hash", "rules_fired"),
     }
 
 
@@ -482,10 +494,8 @@ def test_never_more_trials_at_once_than_in_all():
 def test_no_job_has_an_input_that_may_be_empty():
     """SageMaker fails such a job; what a failed upload leaves empty is fetched by the report itself."""
     machine, _, _ = walk({})
-    request = machine.requests["Report"]
-    assert [item["InputName"] for item in request["ProcessingInputs"]] == ["code", "run-prepare", "run-evaluation"]
-    arguments = request["AppSpecification"]["ContainerArguments"]
-    assert arguments[arguments.index("--run_uri") + 1] == f"s3://{BUCKET}/runs/run-1"
+    assert [item["InputName"] for item in machine.requests["Report"]["ProcessingInputs"]] == ["code"]
+    assert flags(machine, "Report")["run_uri"] == f"s3://{BUCKET}/runs/run-1"
 
 
 class LongName(Walk):
@@ -502,6 +512,7 @@ def test_the_longest_names_fit_into_the_requests(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(VALUES, name, value.replace(BUCKET, bucket))
     machine = LongName(config(), Account())
     assert machine.run({"source": "incoming/" + "s" * 171})[0] == "Done"
+    assert len(flags(machine, "Report")["processing_jobs"]) > 60
     for name in ("PrepareData", "CacheFeatures", "Evaluate", "Report"):
         request = machine.requests[name]
         program = request["AppSpecification"]
@@ -565,6 +576,7 @@ OPERATIONS = {
     "Train": "CreateTrainingJob",
     "Evaluate": "CreateProcessingJob",
     "Report": "CreateProcessingJob",
+    "ReportFailure": "CreateProcessingJob",
     "Register": "CreateModelPackage",
     "CreateModel": "CreateModel",
     "CreateEndpointConfig": "CreateEndpointConfig",
@@ -601,13 +613,42 @@ def test_requests_are_what_sagemaker_accepts(stage: str, strategy: str):
 
 def test_a_closed_service_is_not_mentioned():
     machine, _, _ = walk({})
-    assert not {"ProfilerConfig", "DebugHookConfig", "DebugRuleConfigurations"} & set(machine.requests["Train"])
+    fields = {"ProfilerConfig", "DebugHookConfig", "DebugRuleConfigurations", "ProfilerRuleConfigurations"}
+    assert not fields & set(machine.requests["Train"])
 
 
 def test_managed_debugger_adds_awss_fields():
     machine, _, _ = walk({}, managed_debugger=True)
-    assert machine.requests["Train"]["DebugHookConfig"]["S3OutputPath"].endswith("/runs/run-1/debug-output")
-    assert _problems("CreateTrainingJob", machine.requests["Train"]) == []
+    request = machine.requests["Train"]
+    assert _problems("CreateTrainingJob", request) == []
+    outputs = [request["DebugHookConfig"], request["ProfilerConfig"]]
+    rules = [*request["DebugRuleConfigurations"], *request["ProfilerRuleConfigurations"]]
+    assert {part["S3OutputPath"] for part in (*outputs, *rules)} == {f"s3://{BUCKET}/runs/run-1/managed"}
+    assert {rule["RuleEvaluatorImage"] for rule in rules} == {VALUES["DebuggerImage"]}
+    assert all(rule["RuleParameters"] == {"rule_to_invoke": rule["RuleConfigurationName"]} for rule in rules)
+    assert request["ProfilerConfig"]["ProfilingIntervalInMilliseconds"] in (100, 200, 500, 1000, 5000, 60000)  # what AWS takes
+
+
+def test_the_managed_debuggers_files_lie_apart_and_its_rules_may_use_them():
+    assert MANAGED == ("runs/*/managed/*",)
+    assert not any(fnmatch("runs/x/managed/y", key) for key in (*READS["TrainingRole"], *WRITES["TrainingRole"]))
+
+
+@pytest.mark.filterwarnings("ignore")  # smdebug is unmaintained and warns about its own syntax
+def test_smdebug_obeys_our_own_hook_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SageMaker mounts configurations of its own hook and profiler; the variables lead smdebug past them."""
+    from smdebug.core.config_constants import CONFIG_FILE_PATH_ENV_STR
+    from smdebug.profiler import profiler_config_parser
+
+    mounted = tmp_path / "profilerconfig.json"
+    mounted.write_text(json.dumps({"ProfilingParameters": {"ProfilerEnabled": True, "LocalPath": str(tmp_path)}}))
+    monkeypatch.setenv("SMPROFILER_CONFIG_PATH", str(mounted))
+    assert profiler_config_parser.ProfilerConfigParser().profiling_enabled
+    environment = walk({}, managed_debugger=True)[0].requests["Train"]["Environment"]
+    monkeypatch.setenv("SMPROFILER_CONFIG_PATH", environment["SMPROFILER_CONFIG_PATH"])
+    assert not profiler_config_parser.ProfilerConfigParser().profiling_enabled
+    assert CONFIG_FILE_PATH_ENV_STR in environment
+    assert CONFIG_FILE_PATH_ENV_STR not in walk({})[0].requests["Train"]["Environment"]
 
 
 @pytest.mark.parametrize(
@@ -826,7 +867,7 @@ def test_a_failed_job_is_explained_with_its_reason_and_cleaned_up():
     cause = json.dumps({"TrainingJobName": "x", "FailureReason": 'AlgorithmError: learning_rate is "much"\nexit code 1'})
     machine, last, output = walk({}, account=Account(Train=TaskError("States.TaskFailed", cause)))
     assert last == "Failed"
-    assert machine.visited[-4:] == ["CapacityMissing", "CleanUp", "NotifyFailure", "Failed"]
+    assert machine.visited[-6:] == ["CapacityMissing", "CleanUp", "ChooseReport", "ReportFailure", "NotifyFailure", "Failed"]
     assert output["Error"] == "TrainFailed"
     assert 'AlgorithmError: learning_rate is "much"' in output["Cause"]
     assert "CloudWatch" in output["Cause"]
@@ -846,6 +887,106 @@ def test_a_search_without_any_result_is_a_failure_with_a_sentence():
     _, last, output = walk({}, account=Account(Tune=found))
     assert last == "Failed"
     assert "No trial completed with an objective" in output["Cause"]
+
+
+# --- the report of a run that failed -----------------------------------------------------------------------------------------
+
+
+def job_failed(**names: str) -> TaskError:
+    """What ``.sync`` raises for a job that began and failed."""
+    return TaskError("States.TaskFailed", json.dumps({**names, "FailureReason": "AlgorithmError:\n  no space left"}))
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "known"),
+    [
+        ("PrepareData", job_failed(ProcessingJobName="p-1"), {"processing_jobs": "p-1,none,none", "tuning_job": "none"}),
+        ("CacheFeatures", job_failed(ProcessingJobName="f-1"), {"tuning_job": "none", "training_job": "none"}),
+        ("Tune", job_failed(HyperParameterTuningJobName="t-1"), {"tuning_job": "t-1", "training_job": "none"}),
+        ("Train", job_failed(TrainingJobName="train-1"), {"training_job": "train-1"}),
+        ("Evaluate", job_failed(ProcessingJobName="e-1"), {}),
+        ("SmokeTest", TaskError("WrongAnswers", '{"errorMessage": "3 of 4 pictures were wrong"}'), {}),
+        ("CreateEndpoint", TaskError("SageMaker.SageMakerException", "no quota"), {}),
+    ],
+)
+def test_a_run_that_failed_gets_its_report_with_what_is_known(state: str, error: TaskError, known: dict[str, str]):
+    machine, last, output = walk({}, account=Account(**{state: error}))
+    assert last == "Failed"
+    assert machine.visited[-5:] == ["CleanUp", "ChooseReport", "ReportFailure", "NotifyFailure", "Failed"]
+    told = flags(machine, "ReportFailure")
+    assert known.items() <= told.items()
+    assert told["outcome"].startswith(f"{state} failed: ")
+    assert "\n" not in told["outcome"]
+    assert _problems("CreateProcessingJob", machine.requests["ReportFailure"]) == []
+    assert machine.requests["ReportFailure"]["StoppingCondition"] == {"MaxRuntimeInSeconds": 900}
+    report = f" Report: s3://{BUCKET}/runs/run-1/report/report.html"
+    assert output["Cause"].endswith(report)
+    assert machine.requests["NotifyFailure"]["Message"].endswith(report)
+
+
+def test_the_names_of_jobs_that_ran_reach_the_report():
+    machine, _, _ = walk({})
+    names = [machine.requests[state]["ProcessingJobName"] for state in ("PrepareData", "CacheFeatures", "Evaluate")]
+    told = flags(machine, "Report")
+    assert told["processing_jobs"] == ",".join(names)
+    assert told["outcome"] == ""
+    prepared, _, cached = flags(walk({"recipe": "scratch"})[0], "Report")["processing_jobs"].split(",")
+    assert prepared.startswith("dogs-dev-prep-")
+    assert cached.startswith("dogs-dev-eval-")
+    assert flags(walk({"recipe": "scratch"})[0], "Report")["processing_jobs"].split(",")[1] == "none"
+
+
+@pytest.mark.parametrize(
+    ("said", "fired"), [("Overfit,LowGPUUtilization", ["Overfit", "LowGPUUtilization"]), ("Overfit", ["Overfit"]), ("none", [])]
+)
+def test_the_output_names_the_rules_that_fired(said: str, fired: list[str]):
+    _, _, output = walk({}, account=Account(Report={"ProcessingJobName": "r", "ExitMessage": said}))
+    assert output["rules_fired"] == fired
+    assert walk({})[2]["rules_fired"] == []
+
+
+def test_a_refused_model_is_told_to_the_one_report_that_there_is():
+    account = Account()
+    account.summary |= {"top1": 0.31, "champion_top1": 0.9876}
+    machine, last, output = walk({}, account=account)
+    assert last == "QualityGateFailed"
+    sentence = "Test top1 is 0.31; expected at least 0.6 and at most 0.02 below the serving model with 0.9876"
+    assert flags(machine, "Report")["outcome"] == f"Refused: {sentence}. Nothing was deployed."
+    assert output["Cause"].startswith(f"{sentence}. Nothing was deployed; the endpoint is as before. Report: s3://{BUCKET}/runs/")
+    assert "ReportFailure" not in machine.visited
+
+
+def test_a_report_that_fails_hides_nothing_and_is_not_promised():
+    faults = {"Train": job_failed(TrainingJobName="x"), "ReportFailure": TaskError("States.TaskFailed", "no capacity")}
+    _, last, output = walk({}, account=Account(**faults))
+    assert last == "Failed"
+    assert output["Error"] == "TrainFailed"
+    assert "no space left" in output["Cause"]
+    assert "no capacity" not in output["Cause"]
+    assert "Report:" not in output["Cause"]
+
+
+def test_a_failed_report_is_not_tried_as_another_job():
+    machine, last, output = walk({}, account=Account(Report=job_failed(ProcessingJobName="r-1")))
+    assert last == "Failed"
+    assert output["Error"] == "ReportFailed"
+    assert "ReportFailure" not in machine.visited
+
+
+def test_a_deployment_without_a_run_has_no_report():
+    given = {"action": "deploy", "model_package": "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/3"}
+    machine, last, _ = walk(given, account=Account(ReadPackage=TaskError("SageMaker.SageMakerException", "gone")))
+    assert last == "Failed"
+    assert "ReportFailure" not in machine.visited
+
+
+def test_a_long_reason_fits_into_an_argument():
+    reason = "word\n" * 400
+    account = Account(Train=TaskError("States.TaskFailed", json.dumps({"TrainingJobName": "x", "FailureReason": reason})))
+    machine, _, output = walk({}, account=account)
+    assert len(flags(machine, "ReportFailure")["outcome"]) == 256
+    assert flags(machine, "ReportFailure")["outcome"].endswith("…")
+    assert reason[:100] in output["Cause"]
 
 
 FAILED_SEARCH = json.dumps(

@@ -29,7 +29,10 @@ OWN_IMAGE = "000000000000.dkr.ecr.us-east-1.amazonaws.com/own:1"
 VARIANTS: dict[str, dict[str, str]] = {
     **{stage: {"stage": stage} for stage in STAGES},
     "local": {"stage": "local", "api_url": LOCAL_URL},
-    "variant": {"stage": "dev", "override": json.dumps({"api": {"auth": "iam"}, "serving_image_uri": OWN_IMAGE})},
+    "variant": {
+        "stage": "dev",
+        "override": json.dumps({"api": {"auth": "iam"}, "serving_image_uri": OWN_IMAGE, "managed_debugger": True}),
+    },
 }
 
 
@@ -269,3 +272,54 @@ def test_the_image_table_is_that_of_the_sagemaker_sdk():
     assert f"{known['tag_prefix']}-{known['container_version']['cpu']}" == images.CPU_TAG
     assert f"{known['tag_prefix']}-{known['container_version']['gpu']}" == images.GPU_TAG
     assert images.ACCOUNTS.items() <= known["registries"].items()
+
+
+def test_the_table_of_rule_images_is_that_of_the_sagemaker_sdk():
+    spec = importlib.util.find_spec("sagemaker")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    table = Path(spec.submodule_search_locations[0]) / "core" / "image_uri_config" / "debugger.json"
+    known = json.loads(table.read_text())["versions"][images.DEBUGGER_TAG]
+    assert known["repository"] == images.DEBUGGER_REPOSITORY
+    assert known["registries"] == images.DEBUGGER_ACCOUNTS
+
+
+# --- the managed debugger and the report's rights --------------------------------------------------------------------------
+
+
+def policy_of(template: dict[str, Any], role: str) -> list[dict[str, Any]]:
+    """The Allow statements of one of the jobs' roles."""
+    policies = of_type(template, "AWS::IAM::Policy").values()
+    (own,) = [item for item in policies if role in json.dumps(item["Properties"]["Roles"])]
+    return list(own["Properties"]["PolicyDocument"]["Statement"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_report_may_describe_its_stages_jobs_and_nothing_more(templates: dict[str, Any], stage: str):
+    granted = {
+        (action, json.dumps(resource).rstrip('"]}').rsplit(":", 1)[-1])
+        for entry in policy_of(templates[stage], "ReportRole")
+        for action in listed(entry["Action"])
+        for resource in listed(entry["Resource"])
+        if action.startswith("sagemaker:")
+    }
+    assert granted == {
+        ("sagemaker:DescribeTrainingJob", f"training-job/dogs-{stage}-*"),
+        ("sagemaker:DescribeProcessingJob", f"processing-job/dogs-{stage}-*"),
+        ("sagemaker:DescribeHyperParameterTuningJob", f"hyper-parameter-tuning-job/dogs-{stage}-*"),
+        ("sagemaker:ListTrainingJobsForHyperParameterTuningJob", f"hyper-parameter-tuning-job/dogs-{stage}-*"),
+    }
+
+
+def test_the_managed_debugger_brings_its_image_and_its_rights(templates: dict[str, Any]):
+    (machine,) = of_type(templates["variant"], "AWS::StepFunctions::StateMachine").values()
+    image = json.dumps(machine["Properties"]["DefinitionSubstitutions"]["DebuggerImage"])
+    assert "/sagemaker-debugger-rules:latest" in image
+    assert "DebuggerRules" in image  # the account is looked up by region
+    mapping = templates["variant"]["Mappings"]["DebuggerRules"]
+    assert {region: row["account"] for region, row in mapping.items()} == images.DEBUGGER_ACCOUNTS
+    text = json.dumps(policy_of(templates["variant"], "TrainingRole"))
+    assert "/runs/*/managed/*" in text
+    assert "repository/sagemaker-debugger-rules" in text
+    assert "managed" not in json.dumps(policy_of(templates["dev"], "TrainingRole"))
+    assert "DebuggerRules" not in templates["dev"]["Mappings"]

@@ -146,3 +146,15 @@ def test_a_busy_port_ends_the_command(tmp_path: Path) -> None:
 
 def busy_port(ended: subprocess.CompletedProcess[str]) -> str:
     return (ended.stdout + ended.stderr).split("port ", 1)[1].split()[0]
+
+
+# ---- A run that failed ------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_run_points_to_its_report_where_there_is_one(tmp_path: Path) -> None:
+    ended = {"name": "run-1", "status": "FAILED", "cause": "no space"}
+    assert run._failure_message(ended, tmp_path) == f"the execution run-1 failed: no space\nWhat is known of it: {tmp_path}"
+    page = tmp_path / "report" / "report.html"
+    page.parent.mkdir()
+    page.write_text("")
+    assert run._failure_message(ended, tmp_path).endswith(f"What is known of it: {page}")

@@ -425,7 +425,7 @@ def test_continuous_outputs_arrive_while_the_job_runs(cloud: FakeCloud, call: Cl
     [
         ({"VpcConfig": {"SecurityGroupIds": ["sg-1"], "Subnets": ["s-1"]}}, "VpcConfig"),
         ({"ResourceConfig": {"InstanceCount": 2}}, "ResourceConfig.InstanceCount=2"),
-        ({"DebugHookConfig": {"S3OutputPath": "s3://b/x"}}, "DebugHookConfig"),
+        ({"TensorBoardOutputConfig": {"S3OutputPath": "s3://b/x"}}, "TensorBoardOutputConfig"),
         ({"EnableNetworkIsolation": True}, "EnableNetworkIsolation=True"),
         ({"NewField": 1}, "NewField"),
         ({"AlgorithmSpecification": {"TrainingImage": "docker.io/x:1", "TrainingInputMode": "File"}}, "docker.io/x:1"),
@@ -439,6 +439,22 @@ def test_what_is_not_emulated_is_refused_by_name(cloud: FakeCloud, call: Client,
         call("CreateTrainingJob", **training(cloud, "refused", "", **change))
     assert refusal.value.code == "ValidationException"
     assert named in refusal.value.message
+
+
+def test_the_managed_debuggers_fields_are_described_and_start_nothing(cloud: FakeCloud, call: Client) -> None:
+    rule = {"RuleConfigurationName": "Overfit", "RuleEvaluatorImage": "503895931360.dkr.ecr.us-east-1.amazonaws.com/rules:latest"}
+    managed = {
+        "DebugHookConfig": {"S3OutputPath": "s3://data/runs/x/managed", "LocalPath": "/opt/ml/output/tensors"},
+        "DebugRuleConfigurations": [rule],
+        "ProfilerConfig": {"S3OutputPath": "s3://data/runs/x/managed", "ProfilingIntervalInMilliseconds": 500},
+        "ProfilerRuleConfigurations": [rule],
+    }
+    call("CreateTrainingJob", **training(cloud, "managed", "print('hello')", **managed))
+    end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="managed"), "TrainingJobStatus", BUSY)
+    assert end["TrainingJobStatus"] == "Completed"
+    assert {name: end[name] for name in managed} == managed
+    assert cloud.keys("runs/x/managed") == []
+    assert call("ListProcessingJobs")["ProcessingJobSummaries"] == []
 
 
 def test_permissions_name_resources_roles_and_tags(sagemaker: SageMaker) -> None:
