@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class OperatorWindow:
         activities = [profiler.ProfilerActivity.CPU]
         if self._on_gpu:
             activities.append(profiler.ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # on a CPU it would report the missing GPU as an error
         # One active step more than wanted: the profiler is stopped by hand, inside its recording.
         schedule = profiler.schedule(wait=0, warmup=1, active=self._steps + 1, repeat=1)
         self._profiler = profiler.profile(activities=activities, schedule=schedule)

@@ -125,6 +125,13 @@ def _waiting_workers(profile: Profile, share: float) -> dict[str, tuple[float, f
     return found
 
 
+def _cpu_full(profile: Profile, node: str) -> Any:
+    """``(M,) bool``: the samples in which all cores were busy, and wanted by this job: a machine that is busy with something else
+    is not the job's bottleneck."""
+    cpu, wanted = profile.samples(node, "CPUUtilization"), profile.samples(node, "JobCPUDemand")
+    return (cpu > 90) & (wanted > 90) if len(wanted) == len(cpu) else cpu > 90
+
+
 def _nothing_to_judge(profile: Profile) -> str:
     return f"{max((len(steps) for steps in profile.steps.values()), default=0)} steps are too few to judge"
 
@@ -147,8 +154,8 @@ class Dataloader(ProfilerRule):
         values = {"share": share, "wait_ms": quantiles(steps.phases[:, 0] * 1000)}
         if not late:
             return self.fine(detail, **values)
-        busy = profile.samples(profile.node_of(worker), "CPUUtilization")
-        crowded = len(busy) > 0 and float(np.mean(busy)) > 90
+        full = _cpu_full(profile, profile.node_of(worker))
+        crowded = len(full) > 0 and np.mean(full) > 0.5
         remedy = (
             "the CPU is busy: lighter augmentation, a smaller picture_size or image_size, or an instance with more CPUs"
             if crowded
@@ -163,8 +170,8 @@ class CPUBottleneck(ProfilerRule):
     """The CPU is full while the GPU has nothing to do or, on a machine without one, while steps wait for batches."""
 
     threshold = (
-        "CPU over 90 % with a GPU under 10 % in more than 50 % of the samples (managed default); without a GPU: CPU over 90 % in "
-        "more than 50 % of the samples while the wait for a batch takes over 30 %"
+        "CPU over 90 % with a GPU under 10 % in more than 50 % of the samples (managed default); without a GPU: CPU over 90 %, and "
+        "the job itself wanting over 90 % of it, in more than 50 % of the samples, while the wait for a batch takes over 30 %"
     )
 
     def judge(self, profile: Profile) -> Finding:
@@ -177,7 +184,7 @@ class CPUBottleneck(ProfilerRule):
                 details.append(f"{profile.where(node)}{len(cpu)} samples are too few to judge")
                 continue
             late = {worker: found for worker, found in waiting.items() if profile.node_of(worker) == node}
-            full = cpu > 90
+            full = _cpu_full(profile, node)
             share = float(np.mean(full & (gpu < 10)) if len(gpu) == len(cpu) else np.mean(full) if late else 0.0)
             values[node] = {"share": share, "cpu": quantiles(cpu)}
             idle = "a GPU is under 10 %" if len(gpu) else "steps wait for batches"
@@ -316,7 +323,7 @@ class GPUMemoryIncrease(ProfilerRule):
     """Memory in use grows while training goes on. The managed rule compares moving averages one sample apart; here the thirds of
     the stepping time are compared, so that one larger batch or the allocator's first steps are no leak."""
 
-    threshold = "mean of the last third over that of the first by more than 5 points (managed increase), the middle between them"
+    threshold = "median of the last third over that of the first by more than 5 points (managed increase), the middle between them"
 
     def judge(self, profile: Profile) -> Finding:
         """Fires for the first GPU with the fault."""
@@ -328,7 +335,7 @@ class GPUMemoryIncrease(ProfilerRule):
             if len(use) < MIN_GPU_SAMPLES:
                 details.append(f"{profile.where(node)}{gpu}: {len(use)} samples are too few to judge")
                 continue
-            first, middle, last = (float(np.mean(part)) for part in np.array_split(use, 3))
+            first, middle, last = (float(np.median(part)) for part in np.array_split(use, 3))
             values[f"{node}/{gpu}"] = quantiles(use)
             details.append(f"{profile.where(node)}{gpu}: memory in use {first:.0f} %, {middle:.0f} %, {last:.0f} % by thirds")
             if last - first > 5 and middle > first + 1 and last > middle + 1:
@@ -414,7 +421,7 @@ class MaxInitializationTime(ProfilerRule):
         if not started:
             return self.fine("the start of the job is not known")
         stepped = profile.first_step
-        seconds = (stepped or profile.last_sample) - started
+        seconds = max(0.0, (stepped or profile.last_sample) - started)
         detail = f"{seconds:.0f} s from the start of the script {'to the first step' if stepped else 'and no step yet'}"
         if seconds <= self.threshold_s:
             return self.fine(detail, seconds=seconds)
@@ -473,8 +480,8 @@ class OverallFrameworkMetrics(ProfilerRule):
 
     def judge(self, profile: Profile) -> Finding:
         """Shares of the phases over all workers, and seconds of each."""
-        if not profile.steps:
-            return self.fine("no steps")
+        if not any(len(steps) for steps in profile.steps.values()):
+            return self.fine("no steps after the first, which warm up")
         total = sum((steps.phases.sum(axis=0) for steps in profile.steps.values()), np.zeros(len(PHASES)))
         shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(PHASES, total / total.sum(), strict=True))
         workers = {

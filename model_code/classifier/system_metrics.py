@@ -10,13 +10,18 @@ Types, names and dimensions are those of the managed profiler's files:
 | i/o | ReadThroughputInBytesPerSecond, WriteThroughputInBytesPerSecond, IOPS | | per second, all disks |
 | network | ReceiveBytesPerSecond, TransmitBytesPerSecond | Algorithm | per second, all interfaces |
 | gpu | gpu0 … | GPUUtilization, GPUMemoryUtilization | percent |
+| process | JobCPUDemand | | percent of all cores that this job's threads ran on or waited for; over 100 when they want more |
+
+The last is our own: it tells a job that is short of CPU from a machine that is busy with something else.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -68,12 +73,11 @@ class SystemSampler:
     def _sample(self, gpus: Gpus) -> None:
         import psutil
 
-        psutil.cpu_times_percent(percpu=True)  # the next call tells what was since this one
-        counters, started = _counters(psutil), time.monotonic()
+        cpus, demand, counters, started = _Cpus(psutil), _Demand(), _counters(psutil), time.monotonic()
         last = due = started
         while not self._stop.wait(max(0.0, (due := max(due + self._interval, time.monotonic())) - time.monotonic())):
             now, after = time.monotonic(), _counters(psutil)
-            readings = [*_cpus(psutil), ("memory", "MemoryUsedPercent", "", psutil.virtual_memory().percent)]
+            readings = [*cpus.read(), *demand.read(), ("memory", "MemoryUsedPercent", "", psutil.virtual_memory().percent)]
             for (kind, name, dimension), value in after.items():
                 # Counters start over when a device comes back: no rate below zero.
                 rate = max(0.0, value - counters.get((kind, name, dimension), value)) / max(now - last, 1e-3)
@@ -110,15 +114,52 @@ class SystemSampler:
         return json.dumps(event) + "\n"
 
 
-def _cpus(psutil: Any) -> list[Reading]:
-    """Use of every core since the last call."""
-    found: list[Reading] = []
-    for index, times in enumerate(psutil.cpu_times_percent(percpu=True)):
-        waiting = getattr(times, "iowait", 0.0)
-        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted under user already
-        found.append(("cpu", f"cpu{index}", "CPUUtilization", max(0.0, sum(times) - times.idle - waiting - guests)))
-        found.append(("cpu", f"cpu{index}", "I/OWaitPercentage", waiting))
-    return found
+class _Cpus:
+    """Use of every core since the last reading. psutil's own percentages are wrong for intervals below a second: it divides by
+    one second at least."""
+
+    def __init__(self, psutil: Any) -> None:
+        self._psutil, self._last = psutil, psutil.cpu_times(percpu=True)
+
+    def read(self) -> list[Reading]:
+        found: list[Reading] = []
+        now = self._psutil.cpu_times(percpu=True)
+        for index, (before, after) in enumerate(zip(self._last, now, strict=False)):
+            # Time of guests is under user and nice already.
+            spent = {name: max(0.0, getattr(after, name) - getattr(before, name)) for name in after._fields if "guest" not in name}
+            whole, waiting = max(sum(spent.values()), 1e-9), spent.get("iowait", 0.0)
+            busy = sum(spent.values()) - spent["idle"] - waiting
+            found.append(("cpu", f"cpu{index}", "CPUUtilization", 100 * max(0.0, busy) / whole))
+            found.append(("cpu", f"cpu{index}", "I/OWaitPercentage", 100 * waiting / whole))
+        self._last = now
+        return found
+
+
+class _Demand:
+    """Cores that this process's threads ran on or waited for, since the last reading, from Linux's scheduler statistics
+    (https://docs.kernel.org/scheduler/sched-stats.html); nothing where there are none."""
+
+    def __init__(self) -> None:
+        self._before, self._at = self._threads(), time.monotonic()
+        # The processes of one machine do the same work; this one speaks for all.
+        self._share = 100 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / (os.cpu_count() or 1)
+
+    @staticmethod
+    def _threads() -> dict[str, int]:
+        """Nanoseconds by thread."""
+        found = {}
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            with suppress(OSError):  # the thread has ended
+                running, waiting, _ = path.read_text(encoding="ascii").split()
+                found[path.parent.name] = int(running) + int(waiting)
+        return found
+
+    def read(self) -> list[Reading]:
+        threads, now = self._threads(), time.monotonic()
+        wanted_s = sum(spent - self._before.get(thread, 0) for thread, spent in threads.items()) / 1e9
+        cores = wanted_s / max(now - self._at, 1e-3)
+        self._before, self._at = threads, now
+        return [("process", "JobCPUDemand", "", self._share * cores)] if threads else []
 
 
 def _counters(psutil: Any) -> dict[tuple[str, str, str], float]:
