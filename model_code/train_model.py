@@ -58,6 +58,8 @@ def train(config: TrainingConfig, started: float) -> None:
             checkpoints=base_dir() / "checkpoints",
             on_epoch=lambda _: timeline.flush(),
         )
+        timeline.close()
+        distributed.gather(None)  # every process has written its phases before the first one here uploads the rest
     if distributed.is_main():
         _export(setup, history, started)
     distributed.stop()

@@ -55,11 +55,16 @@ class StepTimeline:
         self._marks.append((phase, self._step, self._event() if self._on_gpu else now))
         self._step += phase == PHASES[-1]
         if len(self._marks) >= self.FLUSH_MARKS:
-            self.flush()
+            self._write()
         self._cost_ns += time.perf_counter_ns() - now
 
     def flush(self) -> None:
         """Write what was recorded since the last flush as one file. On a GPU, wait until it has come to the last mark."""
+        before = time.perf_counter_ns()
+        self._write()
+        self._cost_ns += time.perf_counter_ns() - before
+
+    def _write(self) -> None:
         rows = list(self._rows())
         self._marks.clear()
         if not rows:
@@ -74,9 +79,7 @@ class StepTimeline:
         """Write the rest, and what the marks cost."""
         self._count_training(time.perf_counter_ns())
         self._train = False
-        before = time.perf_counter_ns()
         self.flush()
-        self._cost_ns += time.perf_counter_ns() - before
         if self._trained_ns and os.environ.get("LOCAL_RANK", "0") == "0":
             write_overhead(self._root, phases_share=self._cost_ns / self._trained_ns)
 
