@@ -440,7 +440,7 @@ class StepOutlier(ProfilerRule):
     NEIGHBOURS = 21
     threshold = (
         f"steps over twice the median of {NEIGHBOURS} neighbours, over 3 robust standard deviations and over 20 ms longer; at "
-        "least 3 of 50 or more steps, which together cost more than 15 % of the step time"
+        "least 3 of 50 or more steps, which together cost more than 15 % of the step time and a second"
     )
 
     def judge(self, profile: Profile) -> Finding:
@@ -455,7 +455,7 @@ class StepOutlier(ProfilerRule):
         share = float(excess.sum() / steps.seconds.sum())
         values = {"step_ms": quantiles(steps.seconds * 1000), "lost_share": share}
         detail = f"{profile.where(worker)}{late.sum()} of {len(steps)} steps are outliers and cost {share:.0%} of the step time"
-        if late.sum() < 3 or share <= 0.15:
+        if late.sum() < 3 or share <= 0.15 or excess.sum() <= 1:
             return self.fine(detail, **values)
         grown = steps.phases[late].mean(axis=0) - np.median(steps.phases[~late], axis=0)
         phase = PHASES[int(grown.argmax())]
