@@ -41,12 +41,13 @@ def train(config: TrainingConfig, started: float) -> None:
         if distributed.is_first_here():
             watchers.enter_context(profiling.SystemSampler(profile))
         setup = training.prepare_run(config)
-        timeline = profiling.StepTimeline(profile, on_gpu=device_of(setup.network).type == "cuda")
+        on_gpu = device_of(setup.network).type == "cuda"
+        timeline = profiling.StepTimeline(profile, on_gpu=on_gpu)
         observer: Observer = timeline
         if distributed.is_main():
             interval = min(setup.config.debug_interval, max(1, len(setup.train)))
             hook = HookObserver(tensors, interval, timeline)
-            window = OperatorWindow(profile, setup.config.profile_steps)
+            window = OperatorWindow(profile, setup.config.profile_steps, on_gpu=on_gpu)
             watchers.callback(hook.close)
             watchers.callback(window.close)
             observer = Observers(window, hook)  # the window first: its work belongs to the steps that it slows

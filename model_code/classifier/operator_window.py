@@ -11,9 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn, profiler
+from torch import profiler
 
-from classifier.precision import device_of
 from classifier.profile_layout import PHASES, node_id, replace_text, worker_id
 
 FIRST_STEP = 10
@@ -31,15 +30,14 @@ class OperatorWindow:
     Place it before the step timeline, so that its work falls into the window's own steps, which ``read_window_steps`` names.
     """
 
-    def __init__(self, root: Path, steps: int, first_step: int = FIRST_STEP) -> None:
-        self._folder, self._steps, self._start = root / "framework" / "operators", steps, max(first_step, 1)
+    def __init__(self, root: Path, steps: int, *, on_gpu: bool = False) -> None:
+        self._folder, self._steps, self._on_gpu = root / "framework" / "operators", steps, on_gpu
         self._done = steps == 0
-        self._step, self._began, self._train, self._on_gpu = 0, 0, False, False
+        self._step, self._began, self._train = 0, 0, False
         self._profiler: Any = None
 
-    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
-        """See whether there are kernels to be recorded."""
-        self._on_gpu = device_of(network).type == "cuda"
+    def watch(self, network: object, loss_function: object) -> None:
+        """Nothing: the profiler needs no hook."""
 
     def mode(self, name: str) -> None:
         """Evaluation is not profiled."""
@@ -52,7 +50,7 @@ class OperatorWindow:
         if self._done or not self._train or phase != PHASES[-1]:
             return
         self._step += 1
-        if self._profiler is None and self._step >= self._start:
+        if self._profiler is None and self._step >= FIRST_STEP:
             self._enter()
         elif self._profiler is not None:
             self._profiler.step()
