@@ -13,6 +13,7 @@ from classifier.config import TrainingConfig, parse
 from classifier.errors import base_dir, run_entry_point
 
 if TYPE_CHECKING:
+    from classifier.engine import Observer
     from classifier.training import Setup
 
 
@@ -23,10 +24,13 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: TrainingConfig, started: float) -> None:
-    """The training with everything that watches it; of several processes, the main one is watched."""
+    """The training with everything that watches it: phases in every process, the system on every machine, the rest in the main
+    process."""
     from classifier import distributed, profiling, training
     from classifier.debugging import HookObserver
-    from classifier.engine import Silent
+    from classifier.observers import Observers
+    from classifier.operator_window import OperatorWindow
+    from classifier.precision import device_of
 
     output = Path(os.environ.get("SM_OUTPUT_DIR", str(base_dir() / "output")))
     tensors, profile = output / "tensors", output / "profiler"
@@ -37,18 +41,26 @@ def train(config: TrainingConfig, started: float) -> None:
         if distributed.is_first_here():
             watchers.enter_context(profiling.SystemSampler(profile))
         setup = training.prepare_run(config)
-        timeline = profiling.StepTimeline(profile)
-        observer: HookObserver | Silent = Silent()
+        on_gpu = device_of(setup.network).type == "cuda"
+        timeline = profiling.StepTimeline(profile, on_gpu=on_gpu)
+        observer: Observer = timeline
         if distributed.is_main():
             interval = min(setup.config.debug_interval, max(1, len(setup.train)))
-            observer = HookObserver(tensors, interval, timeline)
-            watchers.callback(observer.close)
+            hook = HookObserver(tensors, interval, timeline)
+            window = OperatorWindow(profile, setup.config.profile_steps, on_gpu=on_gpu)
+            watchers.callback(hook.close)
+            watchers.callback(window.close)
+            observer = Observers(window, hook)  # the window first: its work belongs to the steps that it slows
+        else:
+            watchers.callback(timeline.close)
         history = training.fit(
             setup,
             observer=observer,
             checkpoints=base_dir() / "checkpoints",
             on_epoch=lambda _: timeline.flush(),
         )
+        timeline.close()
+        distributed.gather(None)  # every process has written its phases before the first one here uploads the rest
     if distributed.is_main():
         _export(setup, history, started)
     distributed.stop()

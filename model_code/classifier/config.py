@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "num_workers": (0, 64),
     "debug_interval": (1, 100_000),
+    "profile_steps": (0, 1000),
 }
 
 
@@ -127,6 +128,8 @@ class TrainingConfig:
     every epoch); auto takes the first that fits."""
     debug_interval: int = 10
     """Steps between saved tensors."""
+    profile_steps: int = 5
+    """Steps under torch.profiler, after the first ten; 0 profiles none."""
 
 
 RECIPE_DEFAULTS: dict[str, dict[str, object]] = {

@@ -16,6 +16,8 @@ class Finding:
     remedy: str = ""
     steps: list[int] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    threshold: str = ""
+    source: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The part of the report, in the managed report's words."""
@@ -27,4 +29,6 @@ class Finding:
             "Remedy": self.remedy,
             "Steps": self.steps[:50],
             "Details": self.values,
+            "Threshold": self.threshold,
+            "Source": self.source,
         }
