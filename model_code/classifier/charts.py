@@ -34,12 +34,12 @@ def _dict(
         template="none",
         height=height,
         margin={"l": 64, "r": 16, "t": 40 if legend else 16, "b": 56},
-        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "xanchor": "left", "traceorder": "normal"},
         showlegend=legend,
         hoverlabel={"namelength": -1},
     )
-    figure.update_xaxes(title={"text": x}, automargin=True)
-    figure.update_yaxes(title={"text": y}, automargin=True)
+    figure.update_xaxes(title={"text": x, "standoff": 8}, automargin=True)
+    figure.update_yaxes(title={"text": y, "standoff": 8}, automargin=True)
     figure.update_layout(layout or {})
     found: dict[str, Any] = finite(figure.to_plotly_json())
     found["layout"].pop("template", None)
@@ -131,7 +131,7 @@ def objective(rows: list[dict[str, Any]], metric: str) -> Chart | None:
         "objective",
         "Objective against learning rate",
         summary,
-        _dict(figure, "learning rate (logarithmic)", in_plot(metric, 40), layout={"xaxis": {"type": "log"}}),
+        _dict(figure, "learning rate (logarithmic)", in_plot(metric, 40), layout={"xaxis": {"type": "log", "dtick": "D2"}}),
         ["trial", "learning rate", "batch size", plain(metric), "stopped early"],
         table,
     )
@@ -197,19 +197,27 @@ def parallel(rows: list[dict[str, Any]], metric: str) -> Chart | None:
     for x, (_, ticks) in enumerate(axes):
         figure.add_vline(x=x, line={"width": 1, "color": COLOURS[5]})
         for y, label in ticks:
-            figure.add_annotation(x=x, y=y, text=in_plot(label, 16), showarrow=False, yshift=-12 if y < 0.5 else 12, font={"size": 12})
+            figure.add_annotation(
+                x=x, y=y, text=in_plot(label, 16), showarrow=False, yshift=-14 if y < 0.5 else 14, font={"size": 12}
+            )
     table: list[list[object]] = [
         [row["name"], *(row["hyperparameters"].get(key) for key in names), row["objective"], row["stopped_early"]] for row in shown
     ]
     layout = {
-        "xaxis": {"tickvals": list(range(len(axes))), "ticktext": titles, "range": [-0.35, len(axes) - 0.65], "showgrid": False},
+        "xaxis": {
+            "tickvals": list(range(len(axes))),
+            "ticktext": titles,
+            "range": [-0.35, len(axes) - 0.65],
+            "showgrid": False,
+            "tickangle": -25,
+        },
         "yaxis": {"range": [-0.14, 1.14], "showticklabels": False, "showgrid": False, "zeroline": False},
     }
     return Chart(
         "parallel",
         "Trials in parallel coordinates",
         f"{len(shown)} trials, one line each; the thick line is the best one, dashed lines stopped early.",
-        _dict(figure, "hyperparameters and objective", "from smallest to largest value", legend=False, layout=layout),
+        _dict(figure, "hyperparameters and objective", "low to high, each axis by itself", legend=False, layout=layout),
         ["trial", *map(plain, names), plain(metric), "stopped early"],
         table,
     )
@@ -304,13 +312,19 @@ def timeline(events: list[dict[str, Any]], steps: list[dict[str, Any]], node: st
     length = max(moments) - start
     words = f"Above: use over {length:.0f} s, on average {means}." if usage else "No system metrics of this node."
     words += f" Below: the phases of {len({row['step'] for row in steps}):,} steps on the same clock." if steps else " No steps."
-    split = {"domain": [0.56, 1.0], "range": [0, 103], "title": {"text": "use (%)"}}
-    under = {"domain": [0.0, 0.46], "title": {"text": "step phases (ms)"}, "anchor": "x", "rangemode": "tozero"}
+    layout: dict[str, Any] = {"yaxis": {"range": [0, 103]}}
+    if steps:
+        title = {"text": "step phases (ms)", "standoff": 8}
+        layout = {
+            "xaxis": {"anchor": "y2"},
+            "yaxis": {"domain": [0.53, 1.0], "range": [0, 103]},
+            "yaxis2": {"domain": [0.0, 0.47], "title": title, "anchor": "x", "rangemode": "tozero", "automargin": True},
+        }
     return Chart(
         f"timeline-{node}",
         f"Use of {node} over time, with the step phases under it",
         words,
-        _dict(figure, "seconds since the first sample", "use (%)", 520, layout={"yaxis": split, "yaxis2": {**under, "automargin": True}}),
+        _dict(figure, "seconds since the first sample", "use (%)", 520 if steps else 320, layout=layout),
         ["seconds", *(f"{name} (%)" for name in usage)],
         _usage_rows(usage, start),
     )
@@ -359,9 +373,13 @@ def step_time(steps: list[dict[str, Any]], names: Sequence[str]) -> Chart:
         x=[100 * shares[name] for name in order],
         y=[in_plot(name) for name in order],
         orientation="h",
-        marker={"color": [COLOURS[n % len(COLOURS)] for n in range(len(order))], "pattern": {"shape": list(PATTERNS[: len(order)])}},
+        marker={
+            "color": [COLOURS[n % len(COLOURS)] for n in range(len(order))],
+            "pattern": {"shape": list(PATTERNS[: len(order)])},
+        },
         text=[f"{100 * shares[name]:.0f} %" for name in order],
-        textposition="auto",
+        textposition="outside",
+        cliponaxis=False,
     )
     rows: list[list[object]] = []
     for name in order:
@@ -369,11 +387,12 @@ def step_time(steps: list[dict[str, Any]], names: Sequence[str]) -> Chart:
         rows.append([name, 100 * shares[name], ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))], len(ordered)])
     most = max(order, key=lambda name: shares[name])
     count = len({(row.get("node"), row["step"]) for row in steps})
+    layout = {"yaxis": {"autorange": "reversed", "type": "category"}, "xaxis": {"range": [0, 112 * max(shares.values())]}}
     return Chart(
         "step-time",
         "Where a step's time goes",
         f"{plain(most)} takes most of it, {shares[most]:.0%} of {count:,} steps' time.",
-        _dict(figure, "share of the step time (%)", "phase", 110 + 44 * len(order), legend=False, layout={"yaxis": {"autorange": "reversed"}}),
+        _dict(figure, "share of the step time (%)", "phase", 110 + 44 * len(order), legend=False, layout=layout),
         ["phase", "share (%)", "median (ms)", "95th percentile (ms)", "recorded"],
         rows,
     )
@@ -388,7 +407,14 @@ def operators(rows: list[dict[str, Any]]) -> Chart:
     figure = go.Figure()
     figure.add_bar(x=[row.get(key) or 0.0 for row in top], y=names, orientation="h", marker={"color": COLOURS[0]})
     table: list[list[object]] = [
-        [str(row.get("name")), row.get("node"), row.get("calls"), row.get("cpu_ms"), row.get("device_ms"), _percent(row.get("share"))]
+        [
+            str(row.get("name")),
+            row.get("node"),
+            row.get("calls"),
+            row.get("cpu_ms"),
+            row.get("device_ms"),
+            _percent(row.get("share")),
+        ]
         for row in rows[:50]
     ]
     return Chart(
@@ -396,7 +422,7 @@ def operators(rows: list[dict[str, Any]]) -> Chart:
         "Top operators",
         f"{plain(top[0].get('name'))} takes most {where} time of the profiled steps: {plain(_number(top[0].get(key)))} ms.",
         _dict(figure, f"{where} time in the profiled window (ms)", "operator", 110 + 26 * len(top), legend=False,
-              layout={"yaxis": {"autorange": "reversed"}}),
+              layout={"yaxis": {"autorange": "reversed", "type": "category"}}),
         ["operator", "node", "calls", "CPU (ms)", "device (ms)", "share (%)"],
         table,
     )  # fmt: skip
@@ -419,16 +445,23 @@ def confusion(table: list[list[int]], labels: list[str]) -> Chart:
     rows = [[100 * table[i][j] / max(1, sum(table[i])) for j in kept] for i in kept]
     names = [f"{i + 1}. {in_plot(labels[i], 18)}" for i in kept]
     figure = go.Figure(
-        go.Heatmap(z=rows, x=names, y=names, colorscale="Blues", zmin=0, zmax=100, colorbar={"title": {"text": "%"}, "thickness": 12})
+        go.Heatmap(
+            z=rows, x=names, y=names, colorscale="Blues", zmin=0, zmax=100, colorbar={"title": {"text": "%"}, "thickness": 12}
+        )
     )
     right, total = sum(table[i][i] for i in range(len(table))), sum(map(sum, table))
     summary = f"{right:,} of {total:,} test pictures are on the diagonal."
     if len(kept) < len(labels):
         summary += f" Shown: the {MAX_CONFUSION} most confused of {len(labels)} classes."
-    wrong = sorted(((table[i][j], i, j) for i in kept for j in kept if i != j and table[i][j]), key=lambda cell: (-cell[0], cell[1:]))
+    wrong = sorted(
+        ((table[i][j], i, j) for i in kept for j in kept if i != j and table[i][j]), key=lambda cell: (-cell[0], cell[1:])
+    )
     numbers: list[list[object]] = [[labels[i], labels[j], count, 100 * count / sum(table[i])] for count, i, j in wrong[:MAX_ROWS]]
-    side = 220 + 14 * max(len(kept), 10)
-    layout = {"yaxis": {"autorange": "reversed", "type": "category"}, "xaxis": {"type": "category", "tickangle": -60}}
+    side = 240 + 20 * max(len(kept), 8)
+    layout = {
+        "yaxis": {"autorange": "reversed", "type": "category", "dtick": 1},
+        "xaxis": {"type": "category", "tickangle": -60, "dtick": 1},
+    }
     return Chart(
         "confusion",
         "Confusion, percent of the true class",
@@ -447,7 +480,9 @@ def calibration(before: list[dict[str, float]], after: list[dict[str, float]]) -
         x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
         figure.add_scatter(x=x, y=y, mode="lines+markers", name=name, line=_line(number), marker=_marker(number))
     numbers: list[list[object]] = [
-        [name, row["confidence"], row["accuracy"], row["count"]] for name, rows in (("before", before), ("after", after)) for row in rows
+        [name, row["confidence"], row["accuracy"], row["count"]]
+        for name, rows in (("before", before), ("after", after))
+        for row in rows
     ]
     return Chart(
         "calibration",

@@ -55,7 +55,8 @@ def name(value: object) -> str:
 
 def in_plot(value: object, limit: int = 28) -> str:
     """Text for a plotly label: no tags, no entities, no templates, no TeX."""
-    text = plain(value, limit)
+    text = plain(value)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
     for character, other in (("&", "＆"), ("<", "‹"), (">", "›"), ("%{", "％{"), ("$", "＄")):
         text = text.replace(character, other)
     return text
@@ -119,6 +120,13 @@ class Chart:
     rows: list[list[object]] = field(default_factory=list)
 
 
+def setting(value: object) -> object:
+    """A hyperparameter as it was passed, in text: a long number is rounded for the eye."""
+    if isinstance(value, str) and len(value) > 7 and "." in value and _NUMBER.fullmatch(value):
+        return f"{float(value):.4g}"
+    return value
+
+
 def _content(value: object) -> str:
     if isinstance(value, Html):
         return value.text
@@ -135,7 +143,13 @@ def _table_cell(value: object, first: bool) -> str:
 def table(ident: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[object]], *, sortable: bool = False) -> str:
     """A table in a region of its own that scrolls when it is wider or longer than its place; the first cell names the row."""
     button = '<button type="button" class="sort">{}</button>' if sortable else "{}"
-    top = "".join(f'<th scope="col">{button.format(escape(column))}</th>' for column in head)
+    numeric = [
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in (rows[0] if rows else [None] * len(head))
+    ]
+    top = "".join(
+        f'<th scope="col"{" class=n" if right else ""}>{button.format(escape(column))}</th>'
+        for column, right in zip(head, numeric, strict=True)
+    )
     body = "".join("<tr>" + "".join(_table_cell(value, n == 0) for n, value in enumerate(row)) + "</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" id="{ident}" aria-label="{escape(caption)}">'
@@ -146,9 +160,8 @@ def table(ident: str, caption: str, head: Sequence[str], rows: Sequence[Sequence
 
 def details(ident: str, summary: str, content: str, *, opened: bool = False) -> str:
     """A part that opens on demand."""
-    return (
-        f'<details id="{ident}"{" open" if opened else ""}><summary id="{ident}-summary">{escape(summary)}</summary>{content}</details>'
-    )
+    state = " open" if opened else ""
+    return f'<details id="{ident}"{state}><summary id="{ident}-summary">{escape(summary)}</summary>{content}</details>'
 
 
 def plot(chart: Chart) -> str:

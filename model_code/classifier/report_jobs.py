@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,7 @@ def _script(specification: Facts) -> str:
 
 
 def _flags(words: list[str]) -> dict[str, str]:
-    return {flag.removeprefix("--"): value for flag, value in zip(words, words[1:], strict=False) if flag.startswith("--")}
+    return {flag.removeprefix("--"): value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
 
 
 def bill(processing: list[Facts], tuning: Facts, trials: list[Facts], training: Facts) -> list[Facts]:

@@ -56,8 +56,8 @@ def _hash(script: bytes) -> str:
 
 def _policy(*, live: bool) -> str:
     scripts = f"{_hash(_asset('page.js').encode())} {_plotly()[1]}"
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    return policy + ("; connect-src 'self'" if live else "")
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; img-src data: blob:"
+    return f"{policy}; base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if live else "")
 
 
 _LIVE = (
@@ -75,8 +75,8 @@ def page(title: str, head: str, sections: Sequence[Section], *, live: bool = Fal
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(live=live)}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{_asset("page.css")}</style></head>\n'
-        f'<body><a class="skip" href="#content">Skip to the content</a><header><h1>{escape(title)}</h1>{_LIVE if live else ""}</header>'
-        f'<nav aria-label="Sections" id="sections"><ul>{links}</ul></nav>\n<main id="content" tabindex="-1">'
+        f'<body><a class="skip" href="#content">Skip to the content</a><header><h1>{escape(title)}</h1>{_LIVE if live else ""}'
+        f'</header><nav aria-label="Sections" id="sections"><ul>{links}</ul></nav>\n<main id="content" tabindex="-1">'
         f'<div id="head" data-state="{state}">{head}</div>{"".join(part.to_html() for part in sections)}</main>\n'
         '<footer><p class="soft">Plots: press Tab to reach one, then + and − to zoom, the arrow keys to move, 0 to see all; '
         "the numbers are under each plot.</p></footer>\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from classifier import charts
-from classifier.markup import Html, absent, details, escape, name, plain, plot, table
+from classifier.markup import Html, absent, details, escape, name, plain, plot, setting, table
 from classifier.prices import PRICED_ON, REGION
 from classifier.profiling import PHASES
 from classifier.report_page import Section
@@ -28,9 +28,11 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes}\u00a0min\u00a0{rest:02d}\u00a0s" if minutes < 60 else f"{minutes // 60}\u00a0h\u00a0{minutes % 60:02d}\u00a0min"
+    )
 
 
 def dollars(cost: float | None) -> str:
@@ -49,10 +51,10 @@ def sections(facts: Facts, root: Path, machine: Facts) -> list[Section]:
         ("tuning", "Tuning", lambda: tuning(facts)),
         ("training", "Training", lambda: training(facts)),
         *machine_makers(facts, machine),
-        ("evaluation", "Test", lambda: evaluation(facts, root / "evaluation")),
-        ("cost", "Cost and duration", lambda: cost(facts)),
+        ("evaluation", "Evaluation", lambda: evaluation(facts, root / "evaluation")),
+        ("cost", "Cost", lambda: cost(facts)),
         ("versions", "Versions", lambda: versions(facts)),
-        ("reproduce", "Run it again", lambda: reproduce(facts)),
+        ("reproduce", "Reproduce", lambda: reproduce(facts)),
     ]
     return [Section(ident, title, guarded(make)) for ident, title, make in makers]
 
@@ -63,7 +65,7 @@ def machine_makers(facts: Facts, machine: Facts) -> list[tuple[str, str, Callabl
         ("machine", "Machine", lambda: usage(machine)),
         ("steps", "Step time", lambda: steps(machine)),
         ("operators", "Operators", lambda: operators(machine)),
-        ("overhead", "Cost of watching", lambda: overhead(machine)),
+        ("overhead", "Overhead", lambda: overhead(machine)),
     ]
 
 
@@ -81,17 +83,21 @@ def guarded(make: Callable[[], str]) -> str:
 def head(facts: Facts) -> str:
     """Outcome, key figures, and the notes on what is missing."""
     outcome = f'<p class="outcome" role="note"><strong>Outcome:</strong> {name(facts["outcome"])}</p>' if facts["outcome"] else ""
+    notes = "".join(f"<li>{name(note)}</li>" for note in facts["notes"])
+    listed = details("notes", f"Notes on what is missing ({len(facts['notes'])})", f"<ul>{notes}</ul>") if notes else ""
+    written = f'<p class="soft">Written {escape(facts["written"])}.</p>'
+    return outcome + guarded(lambda: _cards(facts)) + listed + written
+
+
+def _cards(facts: Facts) -> str:
     cards = "".join(
         f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd><dd><small>{escape(note)}</small></dd></div>'
-        for label, value, note in _cards(facts)
+        for label, value, note in _figures(facts)
     )
-    notes = "".join(f"<li>{name(note)}</li>" for note in facts["notes"])
-    listed = details("notes", f"{len(facts['notes'])} notes on what is missing", f"<ul>{notes}</ul>") if notes else ""
-    written = f'<p class="soft">Written {escape(facts["written"])}.</p>'
-    return f'{outcome}<dl class="cards">{cards}</dl>{listed}{written}'
+    return f'<dl class="cards">{cards}</dl>'
 
 
-def _cards(facts: Facts) -> list[tuple[str, object, str]]:
+def _figures(facts: Facts) -> list[tuple[str, object, str]]:
     found = facts["evaluation"]
     test, champion = found.get("test") or {}, found.get("champion") or {}
     before = test.get("ece_before")
@@ -143,7 +149,7 @@ def findings(facts: Facts) -> str:
     quiet: Rows = [[row["rule"], row["detail"], row["threshold"], row["source"]] for row in rows if not row["fired"]]
     lead = f"<p>{len(fired)} of {len(rows)} rules fired.</p>"
     fine = table("quiet-rules", "Rules that did not fire", ["rule", "what it saw", "threshold", "source"], quiet) if quiet else ""
-    return lead + "".join(map(_finding, fired)) + details("quiet", f"{len(quiet)} rules did not fire", fine)
+    return lead + "".join(map(_finding, fired)) + details("quiet", f"Rules that did not fire ({len(quiet)})", fine)
 
 
 def _finding(row: Facts) -> str:
@@ -171,13 +177,16 @@ def dataset(facts: Facts, folder: Path) -> str:
     lead = (
         f"<p>Data set <code>{escape(found.get('dataset_hash'))}</code> from <code>{name(found.get('source'))}</code>: "
         f"{len(found.get('classes', []))} classes, split {escape(found.get('split'))}, pictures of "
-        f"{escape(found.get('picture_size'))} pixels on the short side. Left out: {escape(found.get('num_quarantined'))} quarantined "
+        f"{escape(found.get('picture_size'))} pixels on the short side. "
+        f"Left out: {escape(found.get('num_quarantined'))} quarantined "
         f"and {escape(found.get('num_duplicates'))} duplicates, {escape(found.get('num_leaks'))} of them leaked between splits.</p>"
     )
     lead += "".join(f'<p class="soft">{name(note)}</p>' for note in found.get("notes", []))
     totals = table("splits", "Pictures by split", ["split", "pictures"], [[s, counts.get(s)] for s in ("train", "valid", "test")])
     classes = found.get("classes", [])
-    return lead + totals + (plot(charts.balance(classes)) if classes else absent("No classes are listed.")) + _refused(found, folder)
+    return (
+        lead + totals + (plot(charts.balance(classes)) if classes else absent("No classes are listed.")) + _refused(found, folder)
+    )
 
 
 def _refused(found: Facts, folder: Path) -> str:
@@ -194,8 +203,12 @@ def _refused(found: Facts, folder: Path) -> str:
     rows = [[row[1], *row[2:], row[0]] for row in rows]
     shown = table("refused", "Refused pictures", ["file", "kind", "split", "why", "picture"], rows)
     total = int(found.get("num_quarantined") or 0) + int(found.get("num_duplicates") or 0)
-    more = "" if total <= len(rows) else f'<p class="soft">The first {len(rows)} of {total:,}; all are in prepare/refused.jsonl.</p>'
-    return "<h3>Refused pictures</h3>" + by_reason + details("refused-files", f"{total:,} refused files", shown + more, opened=True)
+    more = (
+        "" if total <= len(rows) else f'<p class="soft">The first {len(rows)} of {total:,}; all are in prepare/refused.jsonl.</p>'
+    )
+    return (
+        "<h3>Refused pictures</h3>" + by_reason + details("refused-files", f"Refused files ({total:,})", shown + more, opened=True)
+    )
 
 
 def _why(entry: Facts) -> str:
@@ -232,11 +245,15 @@ def tuning(facts: Facts) -> str:
     plots = "".join(plot(chart) for chart in (charts.parallel(rows, metric), charts.objective(rows, metric)) if chart)
     keys = sorted({key for row in rows for key in row["hyperparameters"]})
     listed: Rows = [
-        [row["name"], row["status"], *(row["hyperparameters"].get(key) for key in keys), row["objective"], row["seconds"]]
+        [row["name"], row["status"], *(setting(row["hyperparameters"].get(key)) for key in keys), row["objective"], row["seconds"]]
         for row in rows
     ]
     head_row = ["trial", "status", *keys, metric, "seconds"]
-    return lead + (plots or absent("No trial has reached its objective.")) + table("trials", "All trials, best first", head_row, listed)
+    return (
+        lead
+        + (plots or absent("No trial has reached its objective."))
+        + table("trials", "All trials, best first", head_row, listed)
+    )
 
 
 def training(facts: Facts) -> str:
@@ -250,9 +267,13 @@ def training(facts: Facts) -> str:
     if not parts:
         parts.append(absent("No curve: the training left neither its epochs nor saved losses."))
     elif not history:
-        parts.insert(0, absent("The epochs are known only when the training has ended; the curve is of the losses saved until now."))
+        parts.insert(
+            0, absent("The epochs are known only when the training has ended; the curve is of the losses saved until now.")
+        )
     if metrics := job.get("metrics"):
-        parts.append(details("last-metrics", "Last metrics of the job", _pairs("last-metrics-table", "Last metrics of the job", metrics)))
+        parts.append(
+            details("last-metrics", "Last metrics of the job", _pairs("last-metrics-table", "Last metrics of the job", metrics))
+        )
     if given := job.get("hyperparameters"):
         parts.append(details("hyperparameters", "Hyperparameters", _pairs("hyperparameters-table", "Hyperparameters", given)))
     return "".join(parts)
@@ -289,7 +310,9 @@ def overhead(machine: Facts) -> str:
     shares = machine["overhead"]
     if not shares:
         return absent("The cost of watching was not measured in this run.")
-    known = {key.removesuffix("_share").replace("_", " "): 100 * value for key, value in sorted(shares.items()) if key.endswith("_share")}
+    known = {
+        key.removesuffix("_share").replace("_", " "): 100 * value for key, value in sorted(shares.items()) if key.endswith("_share")
+    }
     rows: Rows = [[part, value] for part, value in known.items()] + [["together", sum(known.values())]]
     lead = f"<p>Watching took {sum(known.values()):.2f} % of the training time, measured in this run.</p>"
     return lead + table("overhead-table", "Cost of watching", ["part", "share of the training time (%)"], rows)
@@ -319,7 +342,11 @@ def _confused(pairs: list[Facts], folder: Path) -> str:
     for pair in pairs:
         references = pair.get("references", {})
         wrong = "".join(
-            image(folder, e.get("file"), f"A {plain(pair['expected'], 60)} taken for {plain(pair['said'], 60)}, p = {e['probability']:.2f}")
+            image(
+                folder,
+                e.get("file"),
+                f"A {plain(pair['expected'], 60)} taken for {plain(pair['said'], 60)}, p = {e['probability']:.2f}",
+            )
             for e in pair["examples"]
         )
         right = {
@@ -363,13 +390,15 @@ def cost(facts: Facts) -> str:
             job["status"],
             _machine(job),
             Html(escape(duration(job["seconds"])), job["seconds"]),
-            Html(escape(dollars(job["cost_usd"])) + (f" <small>{escape(job['why'])}</small>" if job["why"] else ""), job["cost_usd"]),
+            Html(
+                escape(dollars(job["cost_usd"])) + (f" <small>{escape(job['why'])}</small>" if job["why"] else ""), job["cost_usd"]
+            ),
         ]
         for job in facts["jobs"]
     ]
     lead = (
-        f"<p>An estimate: seconds times the list price on demand of {REGION} as of {PRICED_ON}, without spot, discounts, storage and "
-        f"traffic. Together {escape(dollars(facts['cost_usd']))} and {escape(duration(facts['seconds']))} of job time.</p>"
+        f"<p>An estimate: seconds times the list price on demand of {REGION} as of {PRICED_ON}, without spot, discounts, storage "
+        f"and traffic. Together {escape(dollars(facts['cost_usd']))} and {escape(duration(facts['seconds']))} of job time.</p>"
     )
     columns = ["job", "kind", "status", "machine", "duration", "cost (USD, estimated)"]
     return lead + table("jobs", "Jobs of the run", columns, rows, sortable=True)
@@ -397,4 +426,3 @@ def reproduce(facts: Facts) -> str:
         f"<p>{how}</p><pre>{html.escape(text)}</pre><p>Save it as <code>input.json</code>, then:</p>"
         f"<pre>aws stepfunctions start-execution --state-machine-arn &lt;StateMachineArn of the stack&gt; --input file://input.json</pre>"
     )
-

@@ -1,7 +1,7 @@
 """The whole of report.py: gathers what is known of a run, and writes the pages, the JSON and the CSV files.
 
-A run that failed, was stopped, or is still going gets its report too: every input may be missing or half written, and what could not
-be read is named in ``notes``.
+A run that failed, was stopped, or is still going gets its report too: every input may be missing or half written, and what could
+not be read is named in ``notes``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import sys
 import tarfile
 import tempfile
 import time
@@ -20,7 +19,9 @@ from typing import Any, TypeVar
 
 from classifier import profiling, report_jobs, report_sections, storage
 from classifier.debugging import loss_series
-from classifier.markup import finite, in_csv
+from classifier.files import replace_text, to_text
+from classifier.findings import Finding
+from classifier.markup import in_csv
 from classifier.profile_rules import profile_findings
 from classifier.report_page import Section, page
 from classifier.rules import training_findings
@@ -114,13 +115,13 @@ def _client() -> Any:
     return boto3.client("sagemaker")
 
 
-def _tried(notes: list[str], what: str, read: Callable[[], T], otherwise: T) -> T:
-    """What ``read`` gives; a note and ``otherwise`` when it raises."""
+def _tried(notes: list[str], what: str, read: Callable[[], T], empty: Callable[[], T]) -> T:
+    """What ``read`` gives; a note and ``empty()`` when it raises."""
     try:
         return read()
     except Exception as problem:
         notes.append(f"{what} could not be read ({type(problem).__name__}: {problem})")
-        return otherwise
+        return empty()
 
 
 # --- gathering ---------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def collect(flags: ReportFlags) -> tuple[Facts, Facts]:
         if not known:
             notes.append(f"{what} is missing from the run")
     record = _training_record(flags, notes)
-    history = [row for row in record.get("history") or [] if isinstance(row, dict)]
+    history: list[Facts] = _tried(notes, "the epochs", lambda: [dict(row) for row in record.get("history") or []], list)
     machine = _machine(root / "profiler-output", notes)
     jobs = report_jobs.bill(processing, tuning, trials, job)
     facts = {
@@ -163,7 +164,9 @@ def collect(flags: ReportFlags) -> tuple[Facts, Facts]:
         "cost_usd": _sum(job["cost_usd"] for job in jobs),
         "cost_complete": bool(jobs) and bool(processing) and all(job["cost_usd"] is not None for job in jobs),
         "seconds": _sum(job["seconds"] for job in jobs),
-        "input": _input(root, flags, prepared, job, tuning),
+        "input": _tried(
+            notes, "the input", lambda: _input(root, flags, prepared, job, tuning), lambda: {"exact": False, "value": {}}
+        ),
         "versions": _versions(result, job, processing),
     }
     return facts, machine
@@ -180,7 +183,7 @@ def _training_record(flags: ReportFlags, notes: list[str]) -> Facts:
     if found or not flags.run_uri:
         return found
     uri = f"{flags.run_uri.rstrip('/')}/training/"
-    return _tried(notes, f"the model under {uri}", lambda: _record_in_model(uri), {})
+    return _tried(notes, f"the model under {uri}", lambda: _record_in_model(uri), dict)
 
 
 def _record_in_model(uri: str) -> Facts:
@@ -200,9 +203,15 @@ def _record_in_model(uri: str) -> Facts:
 
 def _findings(root: Path, history: list[Facts], prepared: Facts, notes: list[str]) -> list[Facts]:
     """The training's rules, judged anew where tensors are there; else as the job beside the training left them."""
-    counts = [int(row.get("train", 0)) for row in prepared.get("classes") or []]
-    live = {part["RuleName"]: part for path in sorted((root / "rule-output").glob("*/*.json")) if "RuleName" in (part := _json(path))}
-    found, problems = _tried(notes, "the rules", lambda: training_findings(root / "debug-output", history, counts), ([], []))
+    live = {
+        part["RuleName"]: part for path in sorted((root / "rule-output").glob("*/*.json")) if "RuleName" in (part := _json(path))
+    }
+
+    def judge() -> tuple[list[Finding], list[str]]:
+        counts = [int(row.get("train", 0)) for row in prepared.get("classes") or []]
+        return training_findings(root / "debug-output", history, counts)
+
+    found, problems = _tried(notes, "the rules", judge, lambda: ([], []))
     notes += problems
     judged = {finding.rule: finding.to_json() for finding in found}
     if problems or not history:
@@ -213,7 +222,9 @@ def _findings(root: Path, history: list[Facts], prepared: Facts, notes: list[str
 
 def _profiler(root: Path, record: Facts, notes: list[str]) -> dict[str, Facts]:
     folder = root / "profiler-output"
-    read = _tried(notes, "the profile", lambda: profile_findings(folder, record.get("started"), record.get("batch_size")), [])
+    read: list[Finding] = _tried(
+        notes, "the profile", lambda: profile_findings(folder, record.get("started"), record.get("batch_size")), list
+    )
     if read:
         return {finding.rule: finding.to_json() for finding in read}
     stored = root / "rule-output" / "ProfilerReport" / "profiler-output" / "profiler-reports"
@@ -223,22 +234,24 @@ def _profiler(root: Path, record: Facts, notes: list[str]) -> dict[str, Facts]:
 def _saved_losses(tensors: Path, notes: list[str]) -> list[tuple[int, float]]:
     if any("tensors could not be read" in note for note in notes):
         return []
-    return _tried(notes, "the saved losses", lambda: loss_series(tensors), [])
+    return _tried(notes, "the saved losses", lambda: loss_series(tensors), list)
 
 
 def _machine(profile: Path, notes: list[str]) -> Facts:
     return {
-        "events": _tried(notes, "the system metrics", lambda: profiling.read_system(profile), []),
-        "steps": _tried(notes, "the step phases", lambda: profiling.read_steps(profile), []),
-        "operators": _tried(notes, "the operators", lambda: profiling.read_operators(profile), []),
-        "overhead": _tried(notes, "the overhead", lambda: profiling.read_overhead(profile), {}),
+        "events": _tried(notes, "the system metrics", lambda: profiling.read_system(profile), list),
+        "steps": _tried(notes, "the step phases", lambda: profiling.read_steps(profile), list),
+        "operators": _tried(notes, "the operators", lambda: profiling.read_operators(profile), list),
+        "overhead": _tried(notes, "the overhead", lambda: profiling.read_overhead(profile), dict),
     }
 
 
 def _input(root: Path, flags: ReportFlags, prepared: Facts, job: Facts, tuning: Facts) -> Facts:
     """The execution's input: ``input.json`` of the run where it was kept, else put together from what the jobs were told."""
     uri = f"{flags.run_uri.rstrip('/')}/input.json"
-    given = _json(root / "input.json") or (_tried([], uri, lambda: storage.read_json_optional(uri), None) if flags.run_uri else None)
+    given: Facts | None = _json(root / "input.json")
+    if not given and flags.run_uri:
+        given = _tried([], uri, lambda: storage.read_json_optional(uri), lambda: None)
     if given:
         return {"exact": True, "value": given}
     told = dict(job.get("hyperparameters") or {})
@@ -256,9 +269,7 @@ def _input(root: Path, flags: ReportFlags, prepared: Facts, job: Facts, tuning: 
 def _versions(result: Facts, job: Facts, processing: list[Facts]) -> dict[str, str]:
     packages = ("torch", "torchvision", "smdebug", "onnxruntime", "plotly")
     known = {"data set (hash of its pictures)": result.get("dataset_hash"), "python": platform.python_version()}
-    for package in packages:
-        if package in sys.modules or importlib.metadata.packages_distributions().get(package):
-            known[package] = _version(package)
+    known |= {package: _version(package) for package in packages}
     known["training image"], known["training code"] = job.get("image"), job.get("code")
     for row in processing:
         if row["arguments"].get("code_hash"):
@@ -276,24 +287,23 @@ def _version(package: str) -> str | None:
 
 def summary(facts: Facts) -> Facts:
     """The run in a few lines, for the page that compares runs. Small whatever the run was."""
-    test = facts["evaluation"].get("test") or {}
-    interval = test.get("top1_interval") or [None, None]
+    known = {key: facts[key] for key in ("run", "written", "cost_usd", "cost_complete", "seconds")}
     told = facts["training_job"].get("hyperparameters") or {}
     return {
-        "run": facts["run"],
+        **known,
+        **_tried([], "the test", lambda: _test(facts["evaluation"]), dict),
         "outcome": facts["outcome"][:500],
-        "written": facts["written"],
-        "top1": test.get("top1"),
-        "top1_low": interval[0],
-        "top1_high": interval[1],
-        "num_classes": len(facts["dataset"].get("classes") or []),
+        "num_classes": _tried([], "the classes", lambda: len(facts["dataset"]["classes"]), lambda: None),
         "dataset_hash": facts["dataset"].get("dataset_hash"),
-        "cost_usd": facts["cost_usd"],
-        "cost_complete": facts["cost_complete"],
-        "seconds": facts["seconds"],
         "hyperparameters": {key[:60]: str(value)[:60] for key, value in sorted(told.items())[:60]},
         "rules_fired": [row["rule"] for row in report_sections.rule_rows(facts) if row["fired"]][:40],
     }
+
+
+def _test(evaluation: Facts) -> Facts:
+    test = evaluation["test"]
+    low, high = test["top1_interval"]
+    return {"top1": test["top1"], "top1_low": low, "top1_high": high}
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------------
@@ -304,37 +314,25 @@ def write(flags: ReportFlags) -> Facts:
     facts, machine = collect(flags)
     root, report, rules = Path(flags.run_dir), Path(flags.report), Path(flags.rules)
     written: dict[Path, str] = {
-        report / "report.json": _text(facts),
-        report / "summary.json": _text(summary(facts)),
+        report / "report.json": to_text(facts),
+        report / "summary.json": to_text(summary(facts)),
         report / "report.html": page(
             f"Run {facts['run']}", report_sections.head(facts), report_sections.sections(facts, root, machine), live=flags.live
         ),
         report / "trials.csv": _trials_csv(facts),
-        report / "per_class.csv": _per_class_csv(facts),
+        report / "per_class.csv": _tried(facts["notes"], "the figures of the classes", lambda: _per_class_csv(facts), str),
     }
     profiler = rules / "ProfilerReport" / "profiler-output"
     written[profiler / "profiler-report.html"] = _profiler_page(facts, machine, live=flags.live)
     for name, part in facts["profiler"].items():
-        written[profiler / "profiler-reports" / f"{name}.json"] = _text({"RuleName": name, **part})
+        written[profiler / "profiler-reports" / f"{name}.json"] = to_text({"RuleName": name, **part})
     for finding in facts["findings"]:
         name = str(finding["RuleName"])
         if name.isidentifier():  # it becomes a path, and a stored one was read from outside
-            written[rules / name / f"{name}.json"] = _text(finding)
+            written[rules / name / f"{name}.json"] = to_text(finding)
     for path, text in written.items():
-        _replace(path, text)
+        replace_text(path, text)
     return facts
-
-
-def _text(value: Any) -> str:
-    return json.dumps(finite(value), ensure_ascii=False, default=str) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Never half a file: a browser may be reading it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _profiler_page(facts: Facts, machine: Facts, *, live: bool) -> str:
@@ -348,7 +346,14 @@ def _profiler_page(facts: Facts, machine: Facts, *, live: bool) -> str:
 def _trials_csv(facts: Facts) -> str:
     keys = sorted({key for row in facts["trials"] for key in row["hyperparameters"]})
     rows = [
-        [row["name"], row["status"], row["stopped_early"], row["objective"], row["seconds"], *(row["hyperparameters"].get(k) for k in keys)]
+        [
+            row["name"],
+            row["status"],
+            row["stopped_early"],
+            row["objective"],
+            row["seconds"],
+            *(row["hyperparameters"].get(k) for k in keys),
+        ]
         for row in facts["trials"]
     ]
     return in_csv(["trial", "status", "stopped_early", "objective", "seconds", *keys], rows)
@@ -356,5 +361,5 @@ def _trials_csv(facts: Facts) -> str:
 
 def _per_class_csv(facts: Facts) -> str:
     columns = ("label", "num_pictures", "precision", "recall", "f1")
-    rows = [[row.get(column) for column in columns] for row in facts["evaluation"].get("per_class") or [] if isinstance(row, dict)]
+    rows = [[row.get(column) for column in columns] for row in facts["evaluation"].get("per_class") or []]
     return in_csv(columns, rows)

@@ -21,13 +21,21 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-function dressed(layout, light) {
+const SHORT = 11; // characters of a name beside a plot on a phone
+
+function shortened(axis, data, letter) {
+  if (axis.type !== "category") return {};
+  const values = [...new Set(data.flatMap((trace) => trace[letter] ?? []))].slice(0, 200);
+  return { tickvals: values, ticktext: values.map((v) => (v.length > SHORT ? `${v.slice(0, SHORT - 1)}…` : v)) };
+}
+
+function dressed({ data, layout }, light) {
   const [text, grid, page] = light ? ["#000", "#ccc", "#fff"] : ["--text", "--grid", "--page"].map(colour);
   const narrow = innerWidth < NARROW_PX;
   const dress = { ...layout, paper_bgcolor: page, plot_bgcolor: page, autosize: true, font: { color: text, size: narrow ? 11 : 13 } };
   dress.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom"; // a finger scrolls the page
   for (const key of Object.keys(dress).filter((k) => /^[xy]axis\d*$/.test(k))) {
-    dress[key] = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, ...dress[key] };
+    dress[key] = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, ...dress[key], ...(narrow ? shortened(dress[key], data, key[0]) : {}) };
   }
   if (narrow) dress.margin = { ...dress.margin, l: 48, r: 8 };
   return dress;
@@ -43,7 +51,7 @@ function paint(canvas, light = false) {
   const figure = JSON.parse(text);
   drawn.set(canvas, text);
   const options = { displayModeBar: false, responsive: true, doubleClick: "reset+autosize" };
-  Plotly.react(canvas, figure.data, dressed(figure.layout, light), options);
+  Plotly.react(canvas, figure.data, dressed(figure, light), options);
 }
 
 async function draw(canvas) {
