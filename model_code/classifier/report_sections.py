@@ -190,17 +190,23 @@ def dataset(facts: Facts, folder: Path) -> str:
 
 
 def _refused(found: Facts, folder: Path) -> str:
+    """Refused files with their reasons, and the pictures of those that could be decoded."""
+    pictures = _thumbnails(folder / "refused" / "thumbnails.json")
     entries = [*found.get("quarantined", []), *found.get("duplicates", [])]
     if not entries:
         return "<p>No picture was refused.</p>"
     reasons: Rows = [[reason, count] for reason, count in (found.get("quarantine_reasons") or {}).items()]
     by_reason = table("reasons", "Reasons of the quarantine", ["reason", "files"], reasons) if reasons else ""
     rows: Rows = [
-        [_thumbnail(folder, entry), str(entry.get("file")), entry.get("kind"), entry.get("split"), _why(entry)]
+        [
+            file := str(entry.get("file")),
+            entry.get("kind"),
+            entry.get("split"),
+            _why(entry),
+            _picture(folder, pictures.get(file), file),
+        ]
         for entry in entries[:MAX_LISTED]
     ]
-    # The file names the row, so it comes first.
-    rows = [[row[1], *row[2:], row[0]] for row in rows]
     shown = table("refused", "Refused pictures", ["file", "kind", "split", "why", "picture"], rows)
     total = int(found.get("num_quarantined") or 0) + int(found.get("num_duplicates") or 0)
     more = (
@@ -215,12 +221,20 @@ def _why(entry: Facts) -> str:
     return str(entry.get("reason") or f"the same picture as {plain(entry.get('same_as'), 120)}")
 
 
-def _thumbnail(folder: Path, entry: Facts) -> Html:
-    picture = image(folder, entry.get("thumbnail"), f"Refused picture {plain(entry.get('file'), 60)}")
-    return Html(f'<span class="pictures">{picture}</span>' if picture else "<small>no picture was kept</small>")
+def _thumbnails(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def image(folder: Path, file: str | None, text: str) -> str:
+def _picture(folder: Path, picture: object, file: str) -> Html:
+    shown = image(folder, picture, f"Refused picture {plain(file, 60)}")
+    return Html(f'<span class="pictures">{shown}</span>' if shown else "<small>not decodable, or not kept</small>")
+
+
+def image(folder: Path, file: object, text: str) -> str:
     """A picture that a job left, inline; nothing where there is none. Only names of the jobs' own form are opened."""
     if not isinstance(file, str) or not _PICTURES.fullmatch(file) or not (folder / file).is_file():
         return ""

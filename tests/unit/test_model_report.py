@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from classifier import charts, comparing, markup, prices, report_sections, reporting, storage
+from classifier import charts, comparing, markup, preparation, prices, report_sections, reporting, storage
 from classifier.findings import Finding
 from classifier.report_page import Section, page
+from model_fakes import flags as prepare_flags
+from model_fakes import write_folder
 from report_fakes import HOSTILE, FakeSageMaker, flags, history, prepared, write_json, write_profile, write_run
 
 
@@ -273,6 +275,23 @@ def test_only_pictures_of_the_jobs_are_shown(tmp_path: Path):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     for name in ("../secret.jpg", "secret.jpg", "examples/1-1-1.jpg\n", None, 7):
         assert report_sections.image(tmp_path, name, "") == ""
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_refused_pictures_are_shown_where_they_can_be_decoded(tmp_path: Path, reused: bool):
+    pictures = write_folder(tmp_path / "pictures")
+    known = next((pictures / "test").rglob("*.png"))
+    shutil.copyfile(known, pictures / "train" / known.parent.name / "leak.png")
+    (known.parent / "broken.png").write_bytes(b"no picture")
+    for _ in range(1 + reused):
+        shutil.rmtree(tmp_path / "result", ignore_errors=True)
+        preparation.prepare(prepare_flags(pictures.as_uri(), tmp_path))
+    assert json.loads((tmp_path / "result" / "result.json").read_text())["reused"] == reused
+    shutil.copytree(tmp_path / "result", tmp_path / "run" / "prepare")
+    _, html = report(tmp_path)
+    rows = {row.split("</bdi>")[0].rsplit(">", 1)[-1]: row for row in section(html, "dataset").split("<tr>")}
+    assert "data:image/jpeg;base64," in rows[f"train/{known.parent.name}/leak.png"]
+    assert "not decodable" in rows[f"test/{known.parent.name}/broken.png"]
 
 
 # --- names of others ---------------------------------------------------------------------------------------------------------
