@@ -6,6 +6,7 @@ Every plot can be read without colour: lines differ in dashes and markers, bars 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -59,6 +60,14 @@ def _thin(rows: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
     if len(rows) <= most:
         return list(rows)
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis over positive values with whole numbers as ticks: 1, 2 and 5 times powers of ten."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    factors = (1, 2, 5) if high - low <= 3 else (1,)
+    ticks = [factor * 10.0**power for power in range(low, high + 1) for factor in factors]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _number(value: object) -> float | None:
@@ -131,7 +140,12 @@ def objective(rows: list[dict[str, Any]], metric: str) -> Chart | None:
         "objective",
         "Objective against learning rate",
         summary,
-        _dict(figure, "learning rate (logarithmic)", in_plot(metric, 40), layout={"xaxis": {"type": "log", "dtick": "D2"}}),
+        _dict(
+            figure,
+            "learning rate (logarithmic)",
+            in_plot(metric, 40),
+            layout={"xaxis": _log_axis([row["learning_rate"] for row in known])},
+        ),
         ["trial", "learning rate", "batch size", plain(metric), "stopped early"],
         table,
     )
@@ -139,8 +153,6 @@ def objective(rows: list[dict[str, Any]], metric: str) -> Chart | None:
 
 def _axis(values: list[str | None]) -> tuple[list[float | None], list[tuple[float, str]]]:
     """Places from 0 to 1 on a parallel axis and its ticks; numbers by size (by logarithm over two decades), words by name."""
-    import math
-
     numbers: list[float | None] = []
     for value in values:
         try:
@@ -239,7 +251,7 @@ def curves(history: list[dict[str, Any]], kind: str) -> Chart:
     best = (min if kind == "loss" else max)(valid, default=None)
     unit = "loss (nats)" if kind == "loss" else "top1 (share of pictures)"
     summary = f"{len(history)} epochs; best valid {kind} {plain(best)}, last {plain(valid[-1] if valid else None)}."
-    layout = {"yaxis": {"type": "log"}} if log else {}
+    layout = {"yaxis": _log_axis(known)} if log else {}
     table: list[list[object]] = [[e, t, v] for e, t, v in zip(epochs, columns["train"], columns["valid"], strict=True)]
     return Chart(
         f"curve-{kind}",
@@ -292,7 +304,7 @@ def _series(events: list[dict[str, Any]], kind: str, dimension: str = "") -> lis
 def timeline(events: list[dict[str, Any]], steps: list[dict[str, Any]], node: str, names: Sequence[str]) -> Chart:
     """CPU, memory and GPU of a node in percent, and under them, on the same clock, the milliseconds of each phase of a step."""
     events = [event for event in events if str(event.get("NodeId", "algo-1")) == node]
-    steps = [row for row in steps if str(row.get("node", "algo-1")) == node]
+    steps = _one_process([row for row in steps if str(row.get("node", "algo-1")) == node])
     moments = [float(event["Timestamp"]) for event in events] + [float(row["start"]) for row in steps]
     start = min(moments)
     usage = {
@@ -336,6 +348,12 @@ def _usage_rows(usage: dict[str, list[tuple[float, float]]], start: float) -> li
     first = next(iter(usage.values()))
     columns = [dict(series) for series in usage.values()]
     return [[round(moment - start, 1), *(column.get(moment) for column in columns)] for moment, _ in _thin(first, 100)]
+
+
+def _one_process(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps of a node's first process: all processes of a node go in step."""
+    first = min((int(row.get("rank", 0)) for row in steps), default=0)
+    return [row for row in steps if int(row.get("rank", 0)) == first]
 
 
 def _add_phases(figure: Any, steps: list[dict[str, Any]], names: Sequence[str], start: float) -> None:
@@ -386,7 +404,7 @@ def step_time(steps: list[dict[str, Any]], names: Sequence[str]) -> Chart:
         ordered = sorted(durations[name])
         rows.append([name, 100 * shares[name], ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))], len(ordered)])
     most = max(order, key=lambda name: shares[name])
-    count = len({(row.get("node"), row["step"]) for row in steps})
+    count = len({(row.get("node"), row.get("rank"), row["step"]) for row in steps})
     layout = {"yaxis": {"autorange": "reversed", "type": "category"}, "xaxis": {"range": [0, 112 * max(shares.values())]}}
     return Chart(
         "step-time",

@@ -253,7 +253,8 @@ def tuning(facts: Facts) -> str:
     metric = str(about.get("objective") or "objective")
     stopped, failed = sum(row["stopped_early"] for row in rows), sum(row["status"] == "Failed" for row in rows)
     lead = (
-        f"<p>{len(rows)} trials, strategy {name(about.get('strategy'))}, objective {name(metric)}; "
+        f"<p>Tuning job {name(about.get('name'))}: {len(rows)} trials, "
+        f"strategy {name(about.get('strategy'))}, objective {name(metric)}; "
         f"{stopped} stopped early, {failed} failed.</p>"
     )
     plots = "".join(plot(chart) for chart in (charts.parallel(rows, metric), charts.objective(rows, metric)) if chart)

@@ -375,6 +375,18 @@ def test_plots_of_large_runs_stay_small():
     assert len(confusion.figure["data"][0]["z"]) == charts.MAX_CONFUSION
 
 
+def test_the_steps_of_one_process_stand_for_the_node():
+    steps = [{"node": "algo-1", "rank": rank, "phase": "Forward", "start": 1.0, "duration": 0.01, "step": 0} for rank in (0, 1)]
+    chart = charts.timeline([], steps, "algo-1", ("Forward",))
+    assert chart.figure["data"][0]["y"] == [10.0]
+
+
+def test_logarithmic_axes_name_their_ticks_in_full():
+    axis = charts._log_axis([0.012, 0.09])
+    assert axis["ticktext"] == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"]
+    assert charts._log_axis([1e-6, 1.0])["ticktext"] == ["1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1", "1"]
+
+
 def test_lines_differ_without_colour():
     chart = charts.curves(history(), "loss")
     styles = {(trace["line"]["dash"], trace["marker"]["symbol"]) for trace in chart.figure["data"]}

@@ -229,6 +229,11 @@ def test_a_live_page_takes_in_what_is_new_and_leaves_the_reader_in_peace(
     asked = len(opened.requests)
     page.wait_for_timeout(5500)
     assert len(opened.requests) == asked
+    reporting.write(flags(tmp_path, outcome="Refused", live=False))  # the run has ended
+    page.evaluate("refresh(document.getElementById('live-status'))")
+    page.wait_for_selector(".outcome")
+    assert page.locator("#pause").is_hidden()
+    assert "ended" in page.inner_text("#live-status")
     assert all(url.startswith(served) for url in opened.requests)
     assert opened.complaints == []
     page.context.close()

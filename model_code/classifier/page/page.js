@@ -143,18 +143,24 @@ function merge(fresh) {
   if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
+const pause = document.getElementById("pause");
+let ended = false;
+
 async function refresh(status) {
   try {
     const answer = await fetch(location.href, { cache: "no-cache" });
     if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
-    merge(new DOMParser().parseFromString(await answer.text(), "text/html"));
-    status.textContent = `Last read ${new Date().toLocaleTimeString()}`;
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    merge(fresh);
+    // The page of a run that has ended is not live; one without any parts is the server's, while it makes the first.
+    ended = Boolean(fresh.querySelector("[data-state]")) && !fresh.getElementById("pause");
+    status.textContent = ended ? "The run has ended: this is its last state" : `Last read ${new Date().toLocaleTimeString()}`;
+    pause.hidden = ended;
   } catch (problem) {
     status.textContent = `Not read (${problem.message}); the next try is in ${REFRESH_MS / 1000} s`;
   }
 }
 
-const pause = document.getElementById("pause");
 if (pause) {
   const status = document.getElementById("live-status");
   pause.addEventListener("click", () => {
@@ -164,7 +170,7 @@ if (pause) {
   });
   const tick = async () => {
     if (pause.getAttribute("aria-pressed") !== "true" && !document.hidden) await refresh(status);
-    setTimeout(tick, REFRESH_MS);
+    if (!ended) setTimeout(tick, REFRESH_MS);
   };
   setTimeout(tick, REFRESH_MS);
 }
