@@ -143,14 +143,16 @@ def collect(flags: ReportFlags) -> tuple[Facts, Facts]:
     record = _training_record(flags, notes)
     history: list[Facts] = _tried(notes, "the epochs", lambda: [dict(row) for row in record.get("history") or []], list)
     machine = _machine(root / "profiler-output", notes)
+    profiler = _profiler(root, record, notes)
     jobs = report_jobs.bill(processing, tuning, trials, job)
     facts = {
         "run": flags.run,
         "outcome": flags.outcome,
         "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "notes": notes,
-        "findings": _findings(root, history, prepared, notes),
-        "profiler": _profiler(root, record, notes),
+        # Beside the training the profiler's rules run too; here they are those of the whole profile.
+        "findings": [part for part in _findings(root, history, prepared, notes) if part["RuleName"] not in profiler],
+        "profiler": profiler,
         "dataset": {**prepared, **{k: v for k, v in result.items() if k != "source"}},
         "trials": trials,
         "tuning": tuning,

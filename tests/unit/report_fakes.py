@@ -194,7 +194,7 @@ def write_profile(root: Path, nodes: tuple[str, ...] = ("algo-1",), *, steps: in
                 start = step * 600_000 + number * 100_000
                 event = {"name": phase, "pid": number, "tid": 0, "ph": "X", "ts": start, "dur": share * 10_000}
                 events.append({**event, "args": {"step_num": str(step)}})
-        write_json(root / "framework" / "pevents" / "2023111422" / f"1700000030000000_{node}_pythontimeline.json", events)
+        write_json(root / "framework" / "pevents" / "2023111422" / f"1700000030000000_0-{node}_pythontimeline.json", events)
 
 
 def write_run(root: Path, names: tuple[str, ...] = ("beagle", "boxer", "collie"), **profile: Any) -> Path:

@@ -223,8 +223,11 @@ def stored_run(tmp_path: Path) -> Path:
 def test_everything_is_fetched_from_the_runs_prefix(tmp_path: Path):
     stored = stored_run(tmp_path)
     write_json(stored / "rule-output" / "Overfit" / "Overfit.json", Finding("Overfit", True, "live", "stop", [3]).to_json())
+    write_json(stored / "rule-output" / "StepOutlier" / "StepOutlier.json", Finding("StepOutlier", True, "early").to_json())
     facts, html = report(tmp_path, run_uri=stored.as_uri())
     assert facts["evaluation"]["test"]["top1"] == 0.8
+    assert "StepOutlier" not in [part["RuleName"] for part in facts["findings"]]  # judged anew, and named once
+    assert facts["profiler"]["StepOutlier"]["Detail"] != "early"
     assert "data:image/jpeg;base64," in section(html, "evaluation")
     assert 'data-for="timeline-algo-1"' in html
     assert any("debug-output/ is empty" in note for note in facts["notes"])
