@@ -421,7 +421,7 @@ def operators(rows: list[dict[str, Any]]) -> Chart:
     device = any((row.get("device_ms") or 0) > 0 for row in rows)
     key, where = ("device_ms", "device") if device else ("cpu_ms", "CPU")
     top = sorted(rows, key=lambda row: -(row.get(key) or 0.0))[:15]
-    names = [f"{number + 1}. {in_plot(row.get('name'), 26)}" for number, row in enumerate(top)]
+    names = [f"{number + 1}. {in_plot(str(row.get('name')).removeprefix('aten::'), 26)}" for number, row in enumerate(top)]
     figure = go.Figure()
     figure.add_bar(x=[row.get(key) or 0.0 for row in top], y=names, orientation="h", marker={"color": COLOURS[0]})
     table: list[list[object]] = [

@@ -18,6 +18,8 @@ from model_fakes import flags as prepare_flags
 from model_fakes import write_folder
 from report_fakes import HOSTILE, FakeSageMaker, flags, history, prepared, write_json, write_profile, write_run
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # smdebug, which reads profiles, is unmaintained
+
 
 @pytest.fixture(autouse=True)
 def service(monkeypatch: pytest.MonkeyPatch) -> FakeSageMaker:

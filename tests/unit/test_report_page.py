@@ -14,6 +14,8 @@ import pytest
 from classifier import comparing, reporting
 from report_fakes import HOSTILE, FakeSageMaker, evaluated, flags, history, write_json, write_run
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # smdebug, which reads profiles, is unmaintained
+
 AXE = Path(__file__).resolve().parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 PHONE = {"viewport": {"width": 360, "height": 780}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
