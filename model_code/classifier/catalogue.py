@@ -262,6 +262,11 @@ class Catalogue:
             entry = {"file": name, "kind": kind, "split": split, "reason": reason, "same_as": other}
             yield {key: value for key, value in entry.items() if value is not None}
 
+    def refused_pictures(self, host: int, limit: int) -> list[tuple[str, str, int, int]]:
+        """``(name, spool, start, size)`` of the first files that were left out though they are pictures, on one host."""
+        chosen = "kind IS NOT NULL AND size > 0 AND host = ? ORDER BY name, ident LIMIT ?"
+        return list(self._rows(f"SELECT name, spool, start, size FROM files WHERE {chosen}", (host, limit)))  # noqa: S608
+
     def near_duplicates(self, limit: int) -> tuple[int, list[dict[str, Any]]]:
         """Look-alikes that are both kept, which means in one split: their number, and the first of them."""
         pairs = (

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from classifier import metrics, storage
 from classifier.dataset import DatasetInfo, cpu_count, decoded, members, read_info
 from classifier.errors import DataError
+from classifier.pictures import write_thumbnail
 from classifier.serving import Floats, OnnxModel, centre, decode, normalise
 
 CODE = ("inference.py", "server.py", "classifier/__init__.py", "classifier/serving.py")
@@ -31,8 +31,7 @@ BATCH = 32
 MAX_SMOKE = 4
 MAX_PAIRS = 12
 EXAMPLES = 3
-THUMBNAIL, THUMBNAIL_QUALITY = 160, 80
-"""Longest side in pixels, and JPEG quality, of an example; MAX_PAIRS * (EXAMPLES + 2) files at most, some 5 KB each."""
+"""Confused pictures shown of a pair; MAX_PAIRS * (EXAMPLES + 2) thumbnails at most, some 5 KB each."""
 ARTIFACT_BYTES = 4 * 2**30
 
 
@@ -190,15 +189,8 @@ def write_pairs(
         )
     found = chosen_members(info, "test", files.values())
     for name, number in files.items():
-        _write_thumbnail(found[number][1], folder / name)
+        write_thumbnail(found[number][1], folder / name)
     return pairs
-
-
-def _write_thumbnail(data: bytes, path: Path) -> None:
-    picture = decode(data)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, "JPEG", quality=THUMBNAIL_QUALITY)
 
 
 def pack(model: Path, artifact: Path) -> None:

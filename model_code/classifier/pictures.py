@@ -32,6 +32,8 @@ MAX_FILE_BYTES = 100 * 2**20
 DRAFT_MARGIN = 2
 """A large JPEG is scaled while it is decoded, to no less than this many times the size needed: as Pillow's own thumbnails do
 (``reducing_gap``), since the antialiased resize that follows then leaves no visible difference."""
+THUMBNAIL, THUMBNAIL_QUALITY = 160, 80
+"""Longest side in pixels, and JPEG quality, of a picture shown in the report: some 5 KB."""
 HASH_SIDE = 16
 """Perceptual hashes have 16 x 16 bits."""
 PLAIN_BITS = 16
@@ -139,6 +141,14 @@ def _encoded(picture: Image.Image, lossless: bool) -> Stored:
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING, progressive=False, exif=b"", icc_profile=None)
     return Stored(out.getvalue(), "jpg", picture)
+
+
+def write_thumbnail(data: bytes, path: Path) -> None:
+    """A stored picture, small, as JPEG. Raises PictureError."""
+    picture = serving.decode(data)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, "JPEG", quality=THUMBNAIL_QUALITY)
 
 
 _COSINES = np.cos(np.pi / (8 * HASH_SIDE) * np.outer(np.arange(HASH_SIDE), 2 * np.arange(4 * HASH_SIDE) + 1))

@@ -32,6 +32,8 @@ from classifier.workforce import CHUNK, CHUNK_BYTES, Rate, Workforce
 SHARD_BYTES = 64 * 2**20
 LISTED = 200
 """How many refused or duplicate files report.json names; all are counted, and refused.jsonl names all."""
+SHOWN = 24
+"""How many refused pictures have a thumbnail in the report. Most refused files cannot be decoded and have none."""
 ROW_GROUP = 10_000
 NEAR_DISTANCE = 12
 """Bits of 256. Measured on 300 dogs: 99 of 100 pictures stay within 12 when saved at half the size, at JPEG quality 50, or both,
@@ -323,6 +325,17 @@ def write_refused(table: Catalogue, path: Path) -> None:
     _write(path, write)
 
 
+def write_thumbnails(table: Catalogue, host: int, work: Path, folder: Path) -> None:
+    """``refused/<n>.jpg`` of pictures that this host read and that were left out; ``refused/thumbnails.json``: file → picture."""
+    names = {}
+    for number, (name, spool, start, size) in enumerate(table.refused_pictures(host, SHOWN)):
+        with (work / spool).open("rb") as file:
+            file.seek(start)
+            pictures.write_thumbnail(file.read(size), folder / f"refused/{number}.jpg")
+        names[name] = f"refused/{number}.jpg"
+    write_json(folder / "refused" / "thumbnails.json", names)
+
+
 def write_shards(table: Catalogue, shards: Iterable[Shard], folder: Path, work: Path, workforce: Workforce) -> None:
     """The shards whose pictures are in the spools in ``work``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -405,6 +418,7 @@ def _reuse(flags: PrepareFlags, key: str | None, hosts: Hosts) -> bool:
         result.mkdir(parents=True, exist_ok=True)
         (result / "report.json").write_bytes(report)
         (result / "refused.jsonl").write_bytes(refused)
+        storage.download_all(f"{index}/refused/", result / "refused")
         write_json(result / "result.json", {**found, "reused": True})
     print(f"nothing changed: data set {found['dataset_hash']} is used again", flush=True)
     return True
@@ -460,7 +474,7 @@ class Job:
     def _describe(
         self, name: str, classes: list[str], shards: list[Shard], there: bool, report: dict[str, Any], key: str | None
     ) -> None:
-        table, flags = self._table, self._flags
+        table, flags, hosts = self._table, self._flags, self._hosts
         folder, counts = Path(flags.dataset) / name, {part: sum(table.balance()[part].values()) for part in layout.SPLITS}
         result = {
             "dataset_hash": name,
@@ -476,6 +490,7 @@ class Job:
         for target in targets:
             write_json(target / "report.json", report)
             write_refused(table, target / "refused.jsonl")
+            write_thumbnails(table, hosts.mine, self._work, target)
         if not there:  # a data set that is whole is never written over: somebody may be reading it
             write_manifest(table, folder / "manifest.parquet")
             write_json(folder / "dataset.json", _description(name, classes, shards, counts, flags))

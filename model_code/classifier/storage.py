@@ -108,6 +108,19 @@ def listing(uri: str) -> Iterator[Entry]:
                 yield Entry(item["Key"][len(prefix) :], f"s3://{bucket}/{item['Key']}", int(item["Size"]), tag)
 
 
+def folders(uri: str) -> Iterator[str]:
+    """Names of the folders directly under a prefix, in order; what lies in them is not listed."""
+    if is_file(uri):
+        root = _path(uri)
+        yield from sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
+        return
+    bucket, prefix = _split(uri)
+    prefix = prefix if not prefix or prefix.endswith("/") else prefix + "/"
+    for page in s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+        for item in page.get("CommonPrefixes", []):
+            yield str(item["Prefix"])[len(prefix) :].rstrip("/")
+
+
 def head(uri: str) -> Entry:
     """The entry of one object. Raises DataError when it is absent."""
     if is_file(uri):

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from classifier import dataset as datasets
-from classifier import evaluation, metrics, reporting
+from classifier import evaluation, metrics, report_sections, reporting
 from classifier.errors import DataError
 from classifier.preparation import prepare
 from classifier.serving import OnnxModel, Preprocessing
@@ -263,4 +263,4 @@ def test_the_report_shows_the_confused_pictures(job: evaluation.EvaluateFlags, t
 def test_the_report_reads_no_other_file(tmp_path: Path, name: str):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     (tmp_path / "evaluation").mkdir()
-    assert reporting._image(tmp_path / "evaluation", name, "") == ""
+    assert report_sections.image(tmp_path / "evaluation", name, "") == ""
