@@ -237,3 +237,12 @@ def cpu_series(events: list[dict[str, Any]], kind: str = "cpu") -> list[tuple[fl
         if event["Type"] == kind:
             by_time[event["Timestamp"]].append(event["Value"])
     return [(moment, statistics.fmean(values)) for moment, values in sorted(by_time.items())]
+
+
+def write_overhead(root: Path, **shares: float) -> None:
+    """Merge shares of training time, such as ``hook_share=0.01``, into ``overhead.json`` under ``root``."""
+    root.mkdir(parents=True, exist_ok=True)
+    path, temporary = root / "overhead.json", root / ".overhead.json.part"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    temporary.write_text(json.dumps({**known, **shares}) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from classifier import charts, profiling, storage
-from classifier.debugging import history_rules, loss_series, tensor_rules
 from classifier.findings import Finding
 from classifier.profile_rules import profile_findings
+from classifier.rules import training_findings
+from classifier.saved_tensors import loss_series
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1080px;padding:16px 20px;color:#111827;background:#fff}
@@ -157,13 +158,10 @@ def collect(flags: ReportFlags) -> dict[str, Any]:
 
 
 def _findings(tensors: Path, history: list[dict[str, Any]], prepared: dict[str, Any], notes: list[str]) -> list[Finding]:
-    findings: list[Finding] = []
-    try:
-        findings += tensor_rules(tensors)
-    except Exception as problem:
-        notes.append(f"the saved tensors could not be read ({type(problem).__name__}: {problem})")
     counts = [int(row.get("train", 0)) for row in prepared.get("classes", [])]
-    return findings + history_rules(history, counts)
+    findings, unread = training_findings(tensors, history, counts)
+    notes += unread
+    return findings
 
 
 def _e(value: object) -> str:
