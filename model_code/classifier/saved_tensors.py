@@ -2,7 +2,7 @@
 
 A saved step of training holds, in smdebug's mode TRAIN and numbered by the steps of the optimiser:
 
-- ``CrossEntropyLoss_output_0`` (collection ``losses``), ``top1``, ``learning_rate`` (``metrics``): of this batch, before the update;
+- ``CrossEntropyLoss_output_0`` (collection ``losses``), ``top1``, ``learning_rate`` (``metrics``): of this batch;
 - weights ``<Network>_<parameter>`` and ``gradient/<Network>_<parameter>``, activations ``<layer>_output_0``: the reductions
   ``l2``, ``mean``, ``std`` and ``zeros`` (the share of values that are zero);
 - ``update_ratio/<layer>``: 2-norm of the step's change of the weights over that of the weights before it;
@@ -48,6 +48,7 @@ def prepare_smdebug() -> None:
     if api_implementation.Type() != "python":
         raise RuntimeError("smdebug needs PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python in the environment before Python starts")
     os.environ.setdefault("SMDEBUG_LOG_LEVEL", "error")
+    os.environ.setdefault("SMDEBUG_TRAINING_END_DELAY_REFRESH", "0")  # files are complete when they appear: no second of waiting
     logging.getLogger("smdebug").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its generated code and its regular expressions are of another age
@@ -91,6 +92,11 @@ def open_trial(folder: Path) -> Any:
     return create_trial(str(folder))
 
 
+def _number(value: Any) -> float:
+    """smdebug gives a scalar as an array of one value."""
+    return float(np.asarray(value).item())
+
+
 def read_step(trial: Any, number: int) -> Step:
     """Everything that was saved at the trial's global step ``number``."""
     from smdebug import modes
@@ -102,9 +108,9 @@ def read_step(trial: Any, number: int) -> Step:
         tensor = trial.tensor(name)
         found = tensor.reduction_values(number)
         if found:
-            reductions[name] = {reduction: float(value) for (reduction, _), value in found.items()}
+            reductions[name] = {reduction: _number(value) for (reduction, _), value in found.items()}
         else:
-            values[name] = float(np.asarray(tensor.value(number)).mean())
+            values[name] = _number(tensor.value(number))
     return Step(int(own), mode == modes.TRAIN, values, reductions)
 
 
@@ -114,4 +120,4 @@ def loss_series(folder: Path) -> list[tuple[int, float]]:
     from smdebug import modes
 
     steps = trial.tensor(LOSS).steps(mode=modes.TRAIN)
-    return [(step, float(np.asarray(trial.tensor(LOSS).value(step, mode=modes.TRAIN)).mean())) for step in steps]
+    return [(step, _number(trial.tensor(LOSS).value(step, mode=modes.TRAIN))) for step in steps]
