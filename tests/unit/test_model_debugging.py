@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from classifier.debugging import followed_activations, followed_layers
 from classifier.engine import Trainer
 from classifier.errors import ConfigError
 from debugging_fakes import small, watched
-from model_fakes import config, prepared
+from model_fakes import MODEL_CODE, config, prepared
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # smdebug is unmaintained and says so in many ways
@@ -219,3 +222,19 @@ def test_a_long_training_saves_a_bounded_number_of_steps(tmp_path: Path, monkeyp
     monkeypatch.setattr("classifier.debugging.MAX_SAVES", 3)
     watched(config(epochs=4, debug_interval=1), tmp_path, small())
     assert [step.number for step in steps(tmp_path) if step.train] == [0, 4, 8]
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_is_watched(dataset: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(MODEL_CODE / "train_model.py")]
+    command += ["--recipe", "scratch", "--epochs", "2", "--batch_size", "8", "--debug_interval", "1", "--precision", "fp32"]
+    run = tmp_path / "run"
+    places = {"SAGEMAKER_BASE_DIR": str(tmp_path), "SM_CHANNEL_DATASET": str(dataset), "RUN_OUTPUT_URI": run.as_uri()}
+    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trial = saved_tensors.open_trial(run / "debug-output")
+    found = [saved_tensors.read_step(trial, number) for number in trial.steps()]
+    assert [step.number for step in found] == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert "gradient/ResNet_conv1.weight" in found[0].reductions
+    assert (run / "rule-output" / "VanishingGradient" / "VanishingGradient.json").is_file()

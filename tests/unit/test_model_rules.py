@@ -182,7 +182,7 @@ def weights(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Channels with weights that have learned something, and their features."""
     folder = tmp_path_factory.mktemp("weights")
     os.environ["SM_CHANNEL_DATASET"] = str(dataset)
-    setup = training.prepare_run(config(epochs=4, learning_rate=0.01))
+    setup = training.prepare_run(config(epochs=12, learning_rate=0.01))  # running statistics take some steps
     training.fit(setup, say=lambda _: None)
     network = setup.network
     _, head = model.split_head(network)
@@ -212,7 +212,7 @@ HEALTHY: dict[str, dict[str, object]] = {
         "recipe": "finetune", "batch_norm": "train", "optimizer": "adamw", "layer_decay": 0.7,
         "class_weights": "balanced", **FINETUNE,
     },
-    "lp-ft": {"recipe": "lp-ft", "probe_epochs": 8, "learning_rate": 0.001, "batch_norm": "train", **FINETUNE},
+    "lp-ft": {"recipe": "lp-ft", "probe_epochs": 8, "learning_rate": 0.01, **FINETUNE},
 }  # fmt: skip
 QUICK = ("head", "scratch", "lp-ft")
 
