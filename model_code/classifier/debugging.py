@@ -33,7 +33,7 @@ MAX_SAVES = 500
 """A long training saves at most so many steps, spread evenly: a step is two objects in S3 and some 170 figures."""
 FREE_SAVES = 20
 """So many saves are always made: short trainings need them for the rules."""
-MAX_SHARE = 0.02
+MAX_SHARE = 0.015
 """Beyond them, a step is left out while the hook has taken more than this share of the training's time."""
 SAMPLED_PICTURES = 32
 SAMPLED_VALUES = 2**18

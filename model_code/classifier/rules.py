@@ -403,14 +403,14 @@ class _Ratios(Judge):
 class UpdateRatioTooSmall(_Ratios):
     """Even in the fastest step the layers hardly move. Judged when the learning rate has passed its peak.
 
-    About 1e-3 is usual in training from scratch; fine-tuning's small rates for the backbone give 1e-5, and 2e-6 with layer_decay,
-    in good health. Frozen layers do not move at all and are left out.
+    About 1e-3 is usual in training from scratch; fine-tuning's small rates for the backbone give 1e-5, and 1.5e-6 with
+    layer_decay, in good health. Frozen layers do not move at all and are left out.
     """
 
-    threshold = "the median update/weight ratio of the layers below 1e-6 in all of at least 5 saved steps"
+    threshold = "the median update/weight ratio of the layers below 3e-7 in all of at least 5 saved steps"
     source = "update/weight ratio: CS231n, https://cs231n.github.io/neural-networks-3/#ratio (about 1e-3; fine-tuning 1e-5)"
     remedy = "raise learning_rate, or backbone_lr_scale where the backbone is to learn"
-    LIMIT = 1e-6
+    LIMIT = 3e-7
 
     def _symptom(self, ratios: dict[str, float]) -> bool:
         return bool(ratios) and statistics.median(ratios.values()) < self.LIMIT

@@ -212,7 +212,7 @@ HEALTHY: dict[str, dict[str, object]] = {
         "recipe": "finetune", "batch_norm": "train", "optimizer": "adamw", "layer_decay": 0.7,
         "class_weights": "balanced", **FINETUNE,
     },
-    "lp-ft": {"recipe": "lp-ft", "probe_epochs": 8, "learning_rate": 0.01, **FINETUNE},
+    "lp-ft": {"recipe": "lp-ft", "probe_epochs": 8, "learning_rate": 0.001, **FINETUNE},
 }  # fmt: skip
 QUICK = ("head", "scratch", "lp-ft")
 
