@@ -24,7 +24,7 @@ export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export RUN BUCKET OUT
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run report compare test test-all bench bench-training bench-preparation check synth lock clean versions
+.PHONY: help run report compare test test-all bench bench-training bench-preparation bench-observability check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,13 +50,16 @@ test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among the
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
 
-bench: bench-preparation bench-training  ## all benchmarks, and the tables of the documents made from them
+bench: bench-preparation bench-training bench-observability  ## all benchmarks, and the tables of the documents made from them
 
 bench-training: $(VENV)/.bench  ## loaders, steps, tuning and accuracy against named peers (an hour on two cores)
 	@$(VENV)/bin/python bench/training.py && $(VENV)/bin/python bench/tables.py --write
 
 bench-preparation: $(VENV)/.bench  ## time, processors and memory of prepare.py as the data grow
 	@$(VENV)/bin/python bench/preparation.py && $(VENV)/bin/python bench/tables.py --write
+
+bench-observability: $(VENV)/.bench  ## what the hook, the sampler and the step phases cost a training (minutes)
+	@$(VENV)/bin/python bench/observability.py && $(VENV)/bin/python bench/tables.py --write
 
 check: $(VENV)/.test  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -33,6 +33,7 @@ WRITES: dict[str, tuple[str, ...]] = {
         "runs/*/checkpoints/*",
         "runs/*/debug-output/*",
         "runs/*/profiler-output/*",
+        "runs/*/rule-output/*",
     ),
     "EvaluateRole": ("runs/*/evaluation/*", "models/*"),
     "ReportRole": ("runs/*/report/*", "runs/*/rule-output/*"),

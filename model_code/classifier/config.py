@@ -6,11 +6,13 @@ SageMaker passes every hyperparameter as ``--name value`` (strings); nothing els
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from classifier.errors import ConfigError
+from classifier.findings import PROFILER_RULES, TRAINING_RULES
 
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -51,6 +53,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_workers": (0, 64),
     "debug_interval": (1, 100_000),
     "profile_steps": (0, 1000),
+    "debug_eval_interval": (1, 1000),
 }
 
 
@@ -127,9 +130,19 @@ class TrainingConfig:
     """Where decoded training pictures are kept: memory (of the GPU where they fit), disk, or none (decoded from the shards in
     every epoch); auto takes the first that fits."""
     debug_interval: int = 10
-    """Steps between saved tensors."""
+    """Steps of training between saved tensors; at least one step an epoch and at most 500 of a training are saved."""
     profile_steps: int = 5
     """Steps under torch.profiler, after the first ten; 0 profiles none."""
+    debug_eval_interval: int = 1
+    """Evaluations between saved figures of the validation split."""
+    debug_layers: str = ""
+    """Regular expression of the layers that are followed (weights, gradients, activations); empty follows 12, spread over depth."""
+    stop_rules: str = ""
+    """Rules, separated by commas, that end the training when they fire (see docs/debugging.md); empty: none does."""
+
+    def stopping(self) -> list[str]:
+        """The names in ``stop_rules``."""
+        return [name.strip() for name in self.stop_rules.split(",") if name.strip()]
 
 
 RECIPE_DEFAULTS: dict[str, dict[str, object]] = {
@@ -151,6 +164,9 @@ RECIPE_DEFAULTS: dict[str, dict[str, object]] = {
 
 CACHED_FEATURES = ("head", "lp-ft")
 """Recipes that read the channel ``features``."""
+
+WATCHING = ("debug_interval", "debug_eval_interval", "debug_layers", "stop_rules")
+"""Fields that change what is seen of a training, not the training."""
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -215,6 +231,14 @@ def _check(config: TrainingConfig) -> None:
         raise ConfigError(
             "batch_norm=frozen keeps the statistics of a pretrained backbone: use batch_norm=train with recipe=scratch"
         )
+    known = (*TRAINING_RULES, *PROFILER_RULES)
+    for rule in config.stopping():
+        if rule not in known:
+            raise ConfigError(f"stop_rules: there is no rule {rule!r}: known are {', '.join(known)}")
+    try:
+        re.compile(config.debug_layers)
+    except re.error as problem:
+        raise ConfigError(f"debug_layers={config.debug_layers!r} is no regular expression ({problem}): correct it") from None
     if config.stem == "small" and not config.backbone.startswith("resnet"):
         raise ConfigError(f"stem=small fits ResNets only, not backbone={config.backbone}: use stem=auto")
 

@@ -31,8 +31,8 @@ from classifier.serving import Preprocessing
 class Observer(Protocol):
     """Sees every step: the smdebug hook and the step profiler stand behind it."""
 
-    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
-        """The training of ``network`` begins."""
+    def watch(self, trainer: Trainer, position: Position) -> None:
+        """The training begins, or goes on, at ``position``."""
 
     def mark(self, phase: str) -> None:
         """The named phase of the current step has just ended."""
@@ -40,11 +40,17 @@ class Observer(Protocol):
     def mode(self, name: str) -> None:
         """``train`` or ``eval`` steps follow."""
 
+    def stepped(self, sums: Tensor) -> None:
+        """A step has ended; ``sums (3,) float64``: losses, hits and examples of this process's part."""
+
+    def evaluated(self, train: Result, valid: Result) -> None:
+        """An epoch has been trained and judged."""
+
 
 class Silent:
     """An observer that looks away, for tuning trials."""
 
-    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
+    def watch(self, trainer: Trainer, position: Position) -> None:
         """Nothing."""
 
     def mark(self, phase: str) -> None:
@@ -53,14 +59,21 @@ class Silent:
     def mode(self, name: str) -> None:
         """Nothing."""
 
+    def stepped(self, sums: Tensor) -> None:
+        """Nothing."""
+
+    def evaluated(self, train: Result, valid: Result) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True)
 class Result:
-    """Mean loss and top1 over the examples of one pass; seconds of wall time."""
+    """Mean loss and top1 over the examples of one pass; how many they were; seconds of wall time."""
 
     loss: float
     top1: float
     seconds: float
+    examples: int
 
 
 @dataclass
@@ -157,6 +170,7 @@ class Trainer:
         observer.mark("Backward")
         self._update()
         observer.mark("Optimizer")
+        observer.stepped(sums)
         return sums
 
     def _synchronised(self, last: bool) -> AbstractContextManager[object]:
@@ -213,7 +227,7 @@ def train_one_epoch(
     mean = loss / max(seen, 1)
     if not math.isfinite(mean):
         raise UserError(f"the loss became {mean} in epoch {position.epoch + 1}: lower learning_rate, or set precision to fp32")
-    return Result(mean, right / max(seen, 1), time.monotonic() - started)
+    return Result(mean, right / max(seen, 1), time.monotonic() - started, int(seen))
 
 
 @torch.inference_mode()
@@ -233,4 +247,4 @@ def evaluate(trainer: Trainer, batches: Batches, *, observer: Observer) -> Resul
     loss, right, seen = distributed.total(sums).tolist()
     if seen != batches.num_examples:
         raise UserError(f"evaluated {seen:.0f} examples, the split has {batches.num_examples}: prepare the data set again")
-    return Result(loss / seen, right / seen, time.monotonic() - started)
+    return Result(loss / seen, right / seen, time.monotonic() - started, int(seen))

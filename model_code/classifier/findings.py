@@ -1,14 +1,40 @@
-"""What a rule says of a training."""
+"""What a rule says of a training, and the names of all rules."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+TRAINING_RULES = (
+    "VanishingGradient",
+    "ExplodingTensor",
+    "DeadRelu",
+    "PoorWeightInitialization",
+    "LossNotDecreasing",
+    "Overfit",
+    "Overtraining",
+    "ClassImbalance",
+    "UpdateRatioTooSmall",
+    "UpdateRatioTooLarge",
+)
+PROFILER_RULES = (
+    "BatchSize",
+    "CPUBottleneck",
+    "Dataloader",
+    "GPUMemoryIncrease",
+    "IOBottleneck",
+    "LoadBalancing",
+    "LowGPUUtilization",
+    "MaxInitializationTime",
+    "OverallFrameworkMetrics",
+    "OverallSystemUsage",
+    "StepOutlier",
+)
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule says."""
+    """What one rule says. ``steps``: the training steps at which the symptom was seen."""
 
     rule: str
     triggered: bool
@@ -27,6 +53,8 @@ class Finding:
             "Violations": len(self.steps) if self.steps else int(self.triggered),
             "Detail": self.detail,
             "Remedy": self.remedy,
+            "Threshold": self.threshold,
+            "Source": self.source,
             "Steps": self.steps[:50],
             "Details": self.values,
             "Threshold": self.threshold,

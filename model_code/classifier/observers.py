@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from classifier.engine import Observer
+from classifier.engine import Observer, Position, Trainer
 
 
 class Observers:
@@ -13,10 +11,10 @@ class Observers:
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def watch(self, network: nn.Module, loss_function: nn.Module) -> None:
-        """The training of ``network`` begins."""
+    def watch(self, trainer: Trainer, position: Position) -> None:
+        """The training begins, or goes on, at ``position``."""
         for observer in self._observers:
-            observer.watch(network, loss_function)
+            observer.watch(trainer, position)
 
     def mark(self, phase: str) -> None:
         """The named phase of the current step has just ended."""

@@ -36,7 +36,7 @@ class OperatorWindow:
         self._step, self._began, self._train = 0, 0, False
         self._profiler: Any = None
 
-    def watch(self, network: object, loss_function: object) -> None:
+    def watch(self, trainer: object, position: object) -> None:
         """Nothing: the profiler needs no hook."""
 
     def mode(self, name: str) -> None:

@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from classifier.debugging import prepare_smdebug
 from classifier.findings import Finding
 from classifier.profile_data import MIN_SAMPLES, MIN_STEPS, Profile, Steps, collect
 from classifier.profile_layout import PHASES
 from classifier.profiling import read_window_steps
+from classifier.saved_tensors import prepare_smdebug
 
 prepare_smdebug()
 with warnings.catch_warnings():

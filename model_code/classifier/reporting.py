@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from classifier import profiling, report_jobs, report_sections, storage
-from classifier.debugging import loss_series
 from classifier.files import replace_text, to_text
 from classifier.findings import Finding
 from classifier.markup import in_csv
 from classifier.profile_rules import profile_findings
 from classifier.report_page import Section, page
 from classifier.rules import training_findings
+from classifier.saved_tensors import loss_series
 
 T = TypeVar("T")
 Facts = dict[str, Any]

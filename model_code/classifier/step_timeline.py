@@ -35,7 +35,7 @@ class StepTimeline:
         self._at_ns, self._before, self._step, self._train = 0, None, 0, False
         self._began_ns = self._trained_ns = self._cost_ns = 0
 
-    def watch(self, network: object, loss_function: object) -> None:
+    def watch(self, trainer: object, position: object) -> None:
         """Nothing: phases need no hook."""
 
     def mode(self, name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from classifier import checkpoint, distributed, features, model
 from classifier.batches import Batches, DeviceBatches, FeatureBatches, PictureBatches, choose_workers
-from classifier.config import CACHED_FEATURES, TrainingConfig
+from classifier.config import CACHED_FEATURES, WATCHING, TrainingConfig
 from classifier.dataset import (
     DatasetInfo,
     DecodedSplit,
@@ -30,7 +30,7 @@ from classifier.dataset import (
     training_side,
 )
 from classifier.engine import Observer, Position, Result, Silent, Trainer, evaluate, train_one_epoch
-from classifier.errors import ConfigError, DataError
+from classifier.errors import ConfigError, DataError, UserError
 from classifier.precision import faster_precision, faster_threads
 from classifier.serving import Preprocessing
 
@@ -323,8 +323,9 @@ class Run:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """A checkpoint of other hyperparameters, data or number of processes is not this run's."""
-        return {"config": asdict(self.setup.config), "dataset": self.setup.info.hash, "processes": distributed.size()}
+        """A checkpoint of other hyperparameters, data or number of processes is not this run's; how it is watched may change."""
+        config = {name: value for name, value in asdict(self.setup.config).items() if name not in WATCHING}
+        return {"config": config, "dataset": self.setup.info.hash, "processes": distributed.size()}
 
     def resume(self, folder: Path) -> None:
         """Go on where the checkpoint in ``folder`` was written, if there is one of this run."""
@@ -363,28 +364,33 @@ def fit(
     checkpoints: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    stop: Callable[[], str] = lambda: "",
     say: Callable[[str], None] = say,
 ) -> list[dict[str, Any]]:
     """Train and leave the best weights (valid top1, then valid loss) in ``setup.network``; returns the history as JSON.
 
     With ``checkpoints`` the run is saved there and, when it was interrupted, goes on at the step after the last checkpoint.
-    ``on_step`` gets epoch and step, from 0. Raises SystemExit 143 after a notice of interruption.
+    ``on_step`` gets epoch and step, from 0. ``stop`` is asked after every step for a reason to end there (empty: none).
+    Raises SystemExit 143 after a notice of interruption, and UserError with the reason, both after a checkpoint.
     """
     run, observer = Run.begin(setup, say), observer or Silent()
     if checkpoints:
         run.resume(checkpoints)
     # Only now: the moving average has copied the network, and hooks must not be copied.
-    observer.watch(setup.network, run.trainer.loss_function)
+    observer.watch(run.trainer, run.position)
     clock = checkpoint.Clock(setup.config.checkpoint_interval_s)
     with checkpoint.Notice() as notice:
 
         def after_step() -> None:
             if on_step:
                 on_step(run.position.epoch, run.position.step - 1)
-            interrupted = _interrupted(run, notice)
-            if checkpoints and (interrupted or distributed.any_true(clock.due(), run.trainer.device)):
+            interrupted = _in_any_process(run, notice.given)
+            stopped = _in_any_process(run, bool(reason := stop()))
+            if checkpoints and (interrupted or stopped or distributed.any_true(clock.due(), run.trainer.device)):
                 checkpoint.save(checkpoints, run.state_dict())
                 clock.reset()
+            if stopped:
+                raise UserError(reason or "the main process was told to stop")
             if interrupted:
                 say(f"interrupted in epoch {run.position.epoch + 1} after step {run.position.step}")
                 notice.exit()
@@ -400,11 +406,11 @@ def fit(
     return run.history
 
 
-def _interrupted(run: Run, notice: checkpoint.Notice) -> bool:
-    """Whether any process has been told to stop; several processes ask each other every tenth step only."""
+def _in_any_process(run: Run, told: bool) -> bool:
+    """Whether any process has been told to end; several processes ask each other every tenth step only."""
     if distributed.size() > 1 and run.position.step % 10:
         return False
-    return distributed.any_true(notice.given, run.trainer.device)
+    return distributed.any_true(told, run.trainer.device)
 
 
 def _patience_is_over(run: Run) -> bool:
@@ -420,6 +426,7 @@ def _one_epoch(run: Run, observer: Observer, after_step: Callable[[], None]) -> 
     rate = float(run.trainer.optimizer.param_groups[0]["lr"])
     train = train_one_epoch(run.trainer, run.setup.train, run.position, observer=observer, after_step=after_step, say=run.say)
     valid = evaluate(run.trainer, run.setup.valid, observer=observer)
+    observer.evaluated(train, valid)
     number = run.position.epoch + 1
     if valid.top1 > run.best.top1 or (valid.top1 == run.best.top1 and valid.loss < run.best.loss):
         run.best = Best(valid.top1, valid.loss, number)

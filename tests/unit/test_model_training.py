@@ -12,13 +12,13 @@ import pytest
 import torch
 from classifier import (
     checkpoint,
-    debugging,
     export,
     features,
     metrics,
     model,
     profiling,
     reporting,
+    saved_tensors,
     serving,
     training,
 )
@@ -150,7 +150,7 @@ def test_the_job_prints_the_metric_lines_and_leaves_the_artifact(job: Path):
 
 @pytest.mark.filterwarnings("ignore")  # smdebug is unmaintained and says so in many ways
 def test_smdebug_opens_the_tensors_and_the_metrics(job: Path):
-    debugging.prepare_smdebug()
+    saved_tensors.prepare_smdebug()
     from smdebug.profiler.algorithm_metrics_reader import LocalAlgorithmMetricsReader
     from smdebug.profiler.system_metrics_reader import LocalSystemMetricsReader
     from smdebug.trials import create_trial
@@ -158,7 +158,7 @@ def test_smdebug_opens_the_tensors_and_the_metrics(job: Path):
     trial = create_trial(str(job / "run" / "debug-output"))
     assert trial.steps()
     assert any(name.startswith("gradient/") for name in trial.tensor_names())
-    assert len(debugging.loss_series(job / "run" / "debug-output")) >= 3
+    assert len(saved_tensors.loss_series(job / "run" / "debug-output")) >= 3
     end = time.time() * 1e6
     system = LocalSystemMetricsReader(str(job / "run" / "profiler-output")).get_events(0, end)
     assert {"cpu", "memory"} <= {event.type for event in system}
@@ -231,16 +231,3 @@ def test_the_report_fetches_what_the_training_uploaded(tmp_path: Path):
     assert (run / "debug-output" / "events" / "000" / "1.tfevents").read_bytes() == b"x"
     assert len(notes) == 1
     assert "profiler-output" in notes[0]
-
-
-def test_rules_fire_on_what_they_are_for():
-    def history(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
-        return [{"train_loss": loss, "train_top1": top1, "valid_top1": valid} for loss, top1, valid in rows]
-
-    def fired(rows: list[dict[str, float]], counts: list[int]) -> set[str]:
-        return {finding.rule for finding in debugging.history_rules(rows, counts) if finding.triggered}
-
-    assert fired(history((2, 0.3, 0.3), (1, 0.7, 0.7)), [10, 12]) == set()
-    assert fired(history((2, 0.1, 0.1), (2.1, 0.1, 0.1)), [10, 100]) == {"LossNotDecreasing", "ClassImbalance"}
-    overdone = history((2, 0.5, 0.8), (1, 0.9, 0.7), (0.5, 1, 0.7), (0.1, 1, 0.7))
-    assert fired(overdone, [5]) == {"Overfit", "Overtraining"}
