@@ -290,11 +290,11 @@ def nodes_of(events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[
     return sorted(found, key=lambda node: (len(node), node))
 
 
-def _series(events: list[dict[str, Any]], kind: str, dimension: str = "") -> list[tuple[float, float]]:
-    """``(time, mean over names)`` of a metric type."""
+def _series(events: list[dict[str, Any]], kind: str, metric: str) -> list[tuple[float, float]]:
+    """``(time, mean over cores or GPUs)`` of a metric, which is an event's dimension or, for the memory, its name."""
     by_time: dict[float, list[float]] = defaultdict(list)
     for event in events:
-        if event.get("Type") == kind and dimension.lower() in str(event.get("Dimension", "")).lower():
+        if event.get("Type") == kind and metric in (event.get("Dimension"), event.get("Name")):
             value = _number(event.get("Value"))
             if value is not None:
                 by_time[float(event["Timestamp"])].append(value)
@@ -308,10 +308,10 @@ def timeline(events: list[dict[str, Any]], steps: list[dict[str, Any]], node: st
     moments = [float(event["Timestamp"]) for event in events] + [float(row["start"]) for row in steps]
     start = min(moments)
     usage = {
-        "CPU": _series(events, "cpu"),
-        "memory": _series(events, "memory"),
+        "CPU": _series(events, "cpu", "CPUUtilization"),
+        "memory": _series(events, "memory", "MemoryUsedPercent"),
         "GPU": _series(events, "gpu", "GPUUtilization"),
-        "GPU memory": _series(events, "gpu", "GPUMemory"),
+        "GPU memory": _series(events, "gpu", "GPUMemoryUtilization"),
     }
     usage = {name: series for name, series in usage.items() if series}
     figure = go.Figure()

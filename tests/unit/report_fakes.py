@@ -173,7 +173,8 @@ def write_profile(root: Path, nodes: tuple[str, ...] = ("algo-1",), *, steps: in
     for node in nodes:
         lines = []
         for tick in range(60):
-            kinds = [("cpu", "cpu0", "CPUUtilization", 60 + tick % 20), ("memory", "memory", "MemoryUsedPercent", 40)]
+            kinds = [("cpu", "cpu0", "CPUUtilization", 60 + tick % 20), ("memory", "MemoryUsedPercent", "", 40)]
+            kinds.append(("cpu", "cpu0", "I/OWaitPercentage", 0))
             kinds += [("gpu", "gpu0", "GPUUtilization", 80), ("gpu", "gpu0", "GPUMemoryUtilization", 30)] if gpu else []
             for kind, name, dimension, value in kinds:
                 event = {"Type": kind, "Name": name, "Dimension": dimension, "Value": value, "NodeId": node}

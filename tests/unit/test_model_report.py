@@ -142,6 +142,7 @@ def test_several_nodes_and_gpus_are_drawn_apart_on_the_clock_of_their_steps(tmp_
     chart = charts.timeline(machine["events"], machine["steps"], "algo-1", ("DataLoading", "Forward", "Backward", "Optimizer"))
     names = [trace["name"] for trace in chart.figure["data"]]
     assert names == ["CPU", "memory", "GPU", "GPU memory", "DataLoading", "Forward", "Backward", "Optimizer"]
+    assert max(chart.figure["data"][0]["y"]) == 79  # waiting for disks is no use of the CPU
     assert {trace.get("yaxis") for trace in chart.figure["data"][4:]} == {"y2"}
     assert chart.figure["layout"]["xaxis"]["anchor"] == "y2"  # one time axis under both
 
