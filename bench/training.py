@@ -525,9 +525,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of input and step")
     parser.add_argument("--steps", type=int, default=6, help="steps a round")
-    parser.add_argument(
-        "--views", type=int, default=4, help="views in the cached features (default: the best of views)"
-    )
+    parser.add_argument("--views", type=int, default=4, help="views in the cached features (default: the best of views)")
     names = [*RECIPES, "torchvision reference", "linear probe"]
     parser.add_argument("--recipes", nargs="*", choices=names, default=names, help="rows of accuracy")
     flags = parser.parse_args()

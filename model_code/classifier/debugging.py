@@ -132,6 +132,7 @@ class HookObserver:
     def watch(self, trainer: Trainer, position: Position) -> None:
         """The training begins, or goes on, at ``position``; what an earlier attempt has saved stays."""
         self._trainer = trainer
+        self._timeline.watch(trainer, position)
         network, pattern = trainer.network, self._config.debug_layers
         self._kind = type(network).__name__
         self._layers = followed_layers(network, pattern)

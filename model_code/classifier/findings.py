@@ -53,8 +53,6 @@ class Finding:
             "Violations": len(self.steps) if self.steps else int(self.triggered),
             "Detail": self.detail,
             "Remedy": self.remedy,
-            "Threshold": self.threshold,
-            "Source": self.source,
             "Steps": self.steps[:50],
             "Details": self.values,
             "Threshold": self.threshold,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from classifier.engine import Observer, Position, Trainer
+from torch import Tensor
+
+from classifier.engine import Observer, Position, Result, Trainer
 
 
 class Observers:
@@ -25,3 +27,13 @@ class Observers:
         """``train`` or ``eval`` steps follow."""
         for observer in self._observers:
             observer.mode(name)
+
+    def stepped(self, sums: Tensor) -> None:
+        """A step has ended."""
+        for observer in self._observers:
+            observer.stepped(sums)
+
+    def evaluated(self, train: Result, valid: Result) -> None:
+        """An epoch has been trained and judged."""
+        for observer in self._observers:
+            observer.evaluated(train, valid)

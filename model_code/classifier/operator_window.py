@@ -9,11 +9,16 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import profiler
 
 from classifier.profile_layout import PHASES, node_id, replace_text, worker_id
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from classifier.engine import Position, Result, Trainer
 
 FIRST_STEP = 10
 """Steps before the window: allocators, autotuning and caches have settled."""
@@ -36,7 +41,7 @@ class OperatorWindow:
         self._step, self._began, self._train = 0, 0, False
         self._profiler: Any = None
 
-    def watch(self, trainer: object, position: object) -> None:
+    def watch(self, trainer: Trainer, position: Position) -> None:
         """Nothing: the profiler needs no hook."""
 
     def mode(self, name: str) -> None:
@@ -56,6 +61,12 @@ class OperatorWindow:
             self._profiler.step()
             if self._step - self._began > self._steps:
                 self._leave()
+
+    def stepped(self, sums: Tensor) -> None:
+        """Nothing: the last mark of a step said so."""
+
+    def evaluated(self, train: Result, valid: Result) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         """Write what was profiled when training ends inside the window."""

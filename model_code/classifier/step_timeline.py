@@ -11,9 +11,14 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from classifier.profile_layout import PHASES, hour, replace_text, worker_id, write_overhead
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from classifier.engine import Position, Result, Trainer
 
 _BEGIN = ""
 """The mark that a stretch of training begins with; its wall time in ns stands where others have their step."""
@@ -35,8 +40,9 @@ class StepTimeline:
         self._at_ns, self._before, self._step, self._train = 0, None, 0, False
         self._began_ns = self._trained_ns = self._cost_ns = 0
 
-    def watch(self, trainer: object, position: object) -> None:
-        """Nothing: phases need no hook."""
+    def watch(self, trainer: Trainer, position: Position) -> None:
+        """Steps of a resumed run go on counting where it goes on."""
+        self._step = position.epoch * trainer.steps_per_epoch + position.step
 
     def mode(self, name: str) -> None:
         """Phases are recorded in train mode only."""
@@ -46,6 +52,12 @@ class StepTimeline:
         if self._train:
             self._began_ns = now
             self._marks.append((_BEGIN, time.time_ns(), self._idle_clock()))
+
+    def stepped(self, sums: Tensor) -> None:
+        """Nothing: the last mark of the step said so."""
+
+    def evaluated(self, train: Result, valid: Result) -> None:
+        """Nothing."""
 
     def mark(self, phase: str) -> None:
         """The phase ``phase`` of the current step ends now."""

@@ -66,7 +66,7 @@ def train(root: Path, loader: Loader, network: Network | None = None, *, window:
     with profiling.SystemSampler(root, interval=INTERVAL_S):
         operators, timeline = OperatorWindow(root, window), profiling.StepTimeline(root)
         observer = Observers(operators, timeline)
-        observer.watch(network, trainer.loss_function)
+        observer.watch(trainer, engine.Position())
         for epoch in range(epochs):
             engine.train_one_epoch(
                 trainer, loader, engine.Position(epoch), observer=observer, after_step=lambda: None, say=lambda line: None

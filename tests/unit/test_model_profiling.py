@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from classifier import debugging, operator_window, profile_layout, profiling, storage
+from classifier import operator_window, profile_layout, profiling, saved_tensors, storage
 from classifier.config import from_mapping
 from classifier.errors import ConfigError
 from local_fakes import BUCKET, moto_cloud
@@ -44,7 +44,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_smdebugs_local_readers_read_both_nodes(profile: Path):
-    debugging.prepare_smdebug()
+    saved_tensors.prepare_smdebug()
     from smdebug.profiler.algorithm_metrics_reader import LocalAlgorithmMetricsReader
     from smdebug.profiler.system_metrics_reader import LocalSystemMetricsReader
 
@@ -62,7 +62,7 @@ def test_smdebugs_local_readers_read_both_nodes(profile: Path):
 
 
 def test_smdebugs_frame_reads_the_profile(profile: Path):
-    debugging.prepare_smdebug()
+    saved_tensors.prepare_smdebug()
     from smdebug.profiler.analysis.utils.profiler_data_to_pandas import PandasFrame
 
     frame = PandasFrame(str(profile))
@@ -75,7 +75,7 @@ def test_smdebugs_frame_reads_the_profile(profile: Path):
 
 
 def test_smdebugs_s3_readers_read_what_was_uploaded(profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    debugging.prepare_smdebug()
+    saved_tensors.prepare_smdebug()
     from smdebug.profiler.analysis.utils.profiler_data_to_pandas import PandasFrame
     from smdebug.profiler.system_metrics_reader import S3SystemMetricsReader
 
