@@ -77,6 +77,9 @@ class InMemory:
 class NoTimeline:
     """Stands for the phases where they are not recorded."""
 
+    def watch(self, trainer: object, position: object) -> None:
+        """Nothing."""
+
     def mark(self, phase: str) -> None:
         """Nothing."""
 
