@@ -449,12 +449,13 @@ def test_the_managed_debuggers_fields_are_described_and_start_nothing(cloud: Fak
         "ProfilerConfig": {"S3OutputPath": "s3://data/runs/x/managed", "ProfilingIntervalInMilliseconds": 500},
         "ProfilerRuleConfigurations": [rule],
     }
+    before = call("ListProcessingJobs")["ProcessingJobSummaries"]
     call("CreateTrainingJob", **training(cloud, "managed", "print('hello')", **managed))
     end = wait(lambda: call("DescribeTrainingJob", TrainingJobName="managed"), "TrainingJobStatus", BUSY)
     assert end["TrainingJobStatus"] == "Completed"
     assert {name: end[name] for name in managed} == managed
     assert cloud.keys("runs/x/managed") == []
-    assert call("ListProcessingJobs")["ProcessingJobSummaries"] == []
+    assert call("ListProcessingJobs")["ProcessingJobSummaries"] == before
 
 
 def test_permissions_name_resources_roles_and_tags(sagemaker: SageMaker) -> None:
