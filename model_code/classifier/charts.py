@@ -63,10 +63,13 @@ def _thin(rows: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """A logarithmic axis over positive values with whole numbers as ticks: 1, 2 and 5 times powers of ten."""
+    """A logarithmic axis over positive values with round ticks, at least two of them between the ends where the values allow it."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    factors = (1, 2, 5) if high - low <= 3 else (1,)
-    ticks = [factor * 10.0**power for power in range(low, high + 1) for factor in factors]
+    ticks: list[float] = []
+    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [factor * 10.0**power for power in range(low, high + 1) for factor in factors]
+        if sum(min(values) <= tick <= max(values) for tick in ticks) >= 2:
+            break
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 

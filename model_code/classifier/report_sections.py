@@ -328,9 +328,19 @@ def overhead(machine: Facts) -> str:
     known = {
         key.removesuffix("_share").replace("_", " "): 100 * value for key, value in sorted(shares.items()) if key.endswith("_share")
     }
-    rows: Rows = [[part, value] for part, value in known.items()] + [["together", sum(known.values())]]
-    lead = f"<p>Watching took {sum(known.values()):.2f} % of the training time, measured in this run.</p>"
+    together = sum(known.values())
+    rows: Rows = [[part, value] for part, value in known.items()] + [["together", together]]
+    trained_s = _trained_s(machine["steps"])
+    # Of a training of seconds a large share is little: the hook saves its first steps whatever they cost.
+    absolute = f", about {together / 100 * trained_s:.1f} s of {duration(trained_s)}" if trained_s else ""
+    lead = f"<p>Watching took {together:.2f} % of the training time{absolute}, measured in this run.</p>"
     return lead + table("overhead-table", "Cost of watching", ["part", "share of the training time (%)"], rows)
+
+
+def _trained_s(steps: list[Facts]) -> float:
+    """Seconds that the first worker spent in steps."""
+    workers = [(row["node"], row.get("rank")) for row in steps]
+    return sum(float(row["duration"]) for row, worker in zip(steps, workers, strict=True) if worker == workers[0])
 
 
 # --- test --------------------------------------------------------------------------------------------------------------------

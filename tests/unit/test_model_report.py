@@ -390,6 +390,8 @@ def test_the_steps_of_one_process_stand_for_the_node():
 def test_logarithmic_axes_name_their_ticks_in_full():
     axis = charts._log_axis([0.012, 0.09])
     assert axis["ticktext"] == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"]
+    narrow = charts._log_axis([0.021, 0.047])
+    assert sum(0.021 <= tick <= 0.047 for tick in narrow["tickvals"]) >= 2
     assert charts._log_axis([1e-6, 1.0])["ticktext"] == ["1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1", "1"]
 
 
