@@ -14,6 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from classifier.layout import readable_labels
 from classifier.markup import Chart, finite, in_plot, plain
 
 COLOURS = ("#2f7de1", "#d9483b", "#1f9254", "#b8720a", "#8f5fe0", "#6b7280")
@@ -84,7 +85,9 @@ def balance(classes: list[dict[str, Any]]) -> Chart:
     """Pictures of every class and split, from the smallest training class on; of many classes the two ends."""
     ordered = sorted(classes, key=lambda row: (row.get("train", 0), str(row.get("folder"))))
     shown = ordered if len(ordered) <= MAX_BARS else ordered[: MAX_BARS // 2] + ordered[-MAX_BARS // 2 :]
-    names = [f"{number + 1}. {in_plot(row.get('folder'), 22)}" for number, row in enumerate(shown)]
+    folders = [str(row.get("folder")) for row in ordered]
+    labels = dict(zip(folders, readable_labels(folders), strict=True))
+    names = [f"{number + 1}. {in_plot(labels[str(row.get('folder'))], 22)}" for number, row in enumerate(shown)]
     figure = go.Figure()
     for number, split in enumerate(("train", "valid", "test")):
         figure.add_bar(

@@ -22,10 +22,12 @@ function colour(name) {
 }
 
 const SHORT = 11; // characters of a name beside a plot on a phone
+const CROWDED = 15; // more names than this do not fit under one there
 
 function shortened(axis, data, letter) {
   if (axis.type !== "category") return {};
   const values = [...new Set(data.flatMap((trace) => trace[letter] ?? []))].slice(0, 200);
+  if (letter === "x" && values.length > CROWDED) return { showticklabels: false }; // of a square table: they are those of its rows
   return { tickvals: values, ticktext: values.map((v) => (v.length > SHORT ? `${v.slice(0, SHORT - 1)}…` : v)) };
 }
 
