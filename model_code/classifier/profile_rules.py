@@ -438,6 +438,8 @@ class StepOutlier(ProfilerRule):
     """
 
     NEIGHBOURS = 21
+    AFTER_PAUSE, PAUSE_S = 3, 0.05
+    """After an evaluation the loader fills up anew and checkpoints are on their way to S3: so many steps may be slow."""
     threshold = (
         f"steps over twice the median of {NEIGHBOURS} neighbours, over 3 robust standard deviations and over 20 ms longer; at "
         "least 3 of 50 or more steps, which together cost more than 15 % of the step time and a second"
@@ -448,7 +450,7 @@ class StepOutlier(ProfilerRule):
         judged = {worker: steps for worker, steps in profile.steps.items() if len(steps) >= 50}
         if not judged:
             return self.fine(_nothing_to_judge(profile))
-        lost = {worker: self._excess(steps.seconds) for worker, steps in judged.items()}
+        lost = {worker: self._excess(steps.seconds) * ~self._after_pause(steps) for worker, steps in judged.items()}
         worker = max(lost, key=lambda name: lost[name].sum() / judged[name].seconds.sum())
         steps, excess = judged[worker], lost[worker]
         late = excess > 0
@@ -465,6 +467,14 @@ class StepOutlier(ProfilerRule):
         numbers = steps.numbers[late].tolist()
         first = f"the first is step {numbers[0]}, {steps.starts[late][0] - profile.start:.0f} s in; {phase} grows most"
         return self.fires(f"{detail}; {first}", remedy, numbers, **values)
+
+    def _after_pause(self, steps: Steps) -> Any:
+        """Which steps are among the first after a pause between steps."""
+        pauses = steps.starts[1:] - (steps.starts + steps.seconds)[:-1] > self.PAUSE_S
+        late = np.zeros(len(steps), dtype=bool)
+        for first in np.flatnonzero(pauses) + 1:
+            late[first : first + self.AFTER_PAUSE] = True
+        return late
 
     def _excess(self, seconds: Any) -> Any:
         """Seconds over the neighbours' median, of outliers; 0 for the others."""
