@@ -27,6 +27,17 @@ def real_data() -> Path:
     return REAL_DATA
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: tests share the cores with each other's processes, and sums come out in one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import profiler
 
-from classifier.profile_layout import PHASES, node_id, replace_text, worker_id
+from classifier.files import replace_text
+from classifier.profile_layout import PHASES, node_id, worker_id
 
 if TYPE_CHECKING:
     from torch import Tensor

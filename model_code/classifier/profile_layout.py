@@ -17,6 +17,8 @@ import os
 import time
 from pathlib import Path
 
+from classifier.files import replace_text
+
 PHASES = ("DataLoading", "Forward", "Backward", "Optimizer")
 
 
@@ -34,14 +36,6 @@ def worker_id() -> str:
 def hour(seconds: float) -> str:
     """The folder of a moment, in UTC."""
     return time.strftime("%Y%m%d%H", time.gmtime(seconds))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that readers and the uploader see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _overhead_file(root: Path) -> Path:

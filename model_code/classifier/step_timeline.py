@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from classifier.profile_layout import PHASES, hour, replace_text, worker_id, write_overhead
+from classifier.files import replace_text
+from classifier.profile_layout import PHASES, hour, worker_id, write_overhead
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,13 +30,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _channel(dataset: Path, monkeypatch: pytest.MonkeyPatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _channel(dataset: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SM_CHANNEL_DATASET", str(dataset))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 def steps(folder: Path) -> list[saved_tensors.Step]:

@@ -21,18 +21,12 @@ from PIL import Image
 from profile_fakes import GpuUse, Loader, Network, fake_nvml, train
 from training_child import CONTEXT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RULES = {
     "BatchSize", "CPUBottleneck", "Dataloader", "GPUMemoryIncrease", "IOBottleneck", "LoadBalancing", "LowGPUUtilization",
     "MaxInitializationTime", "OverallFrameworkMetrics", "OverallSystemUsage", "StepOutlier",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def findings(root: Path, **flags: float) -> dict[str, Finding]:

@@ -19,16 +19,11 @@ from classifier.errors import ConfigError
 from local_fakes import BUCKET, moto_cloud
 from profile_fakes import Loader, fake_nvml, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # smdebug is unmaintained and says so in many ways
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # smdebug is unmaintained and says so in many ways
+]
 FOR_EVER_US = 2**53
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
