@@ -23,7 +23,8 @@ from torch import Tensor
 
 from classifier import distributed, transforms
 from classifier.config import TrainingConfig
-from classifier.dataset import DecodedSplit, Labels, Pictures, cpu_count
+from classifier.cpus import cpu_count
+from classifier.dataset import DecodedSplit, Labels, Pictures
 from classifier.serving import Pixels, Preprocessing, centre, to_square
 
 EVALUATION_BATCH = 128

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from classifier.cpus import cpu_count
 from classifier.errors import DataError
 from classifier.serving import Pixels, decode, to_square
 
@@ -84,11 +85,6 @@ def decoded(info: DatasetInfo, split: str, resize_size: int, threads: int) -> It
 
 def _decode_one(data: bytes, label: int, resize_size: int) -> tuple[Pixels, int]:
     return to_square(decode(data), resize_size), label
-
-
-def cpu_count() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Pictures(Protocol):

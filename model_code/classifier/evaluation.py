@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from classifier import metrics, storage
-from classifier.dataset import DatasetInfo, cpu_count, decoded, members, read_info
+from classifier.cpus import cpu_count
+from classifier.dataset import DatasetInfo, decoded, members, read_info
 from classifier.errors import DataError
 from classifier.pictures import write_thumbnail
 from classifier.serving import Floats, OnnxModel, centre, decode, normalise

@@ -96,12 +96,6 @@ class PrepareFlags:
 # --- reading ---------------------------------------------------------------------------------------------------------------
 
 
-def _counted(entries: Iterable[sources.Entry], workforce: Workforce) -> Iterator[sources.Entry]:
-    for number, entry in enumerate(entries, start=1):
-        workforce.expect(number)
-        yield entry
-
-
 def _tasks(source: sources.Source, table: Catalogue, host: int) -> Iterator[Task]:
     """This host's files; with their bytes where only this process can read them."""
     if source.reader() is not None:
@@ -430,8 +424,8 @@ def _reuse(flags: PrepareFlags, key: str | None, hosts: Hosts) -> bool:
 class Job:
     """One run of prepare.py on one instance, from the listing to the result."""
 
-    def __init__(self, flags: PrepareFlags, hosts: Hosts, work: Path) -> None:
-        self._flags, self._hosts, self._work = flags, hosts, work
+    def __init__(self, flags: PrepareFlags, hosts: Hosts, work: Path, workforce: Workforce) -> None:
+        self._flags, self._hosts, self._work, self._workforce = flags, hosts, work, workforce
         self._table = Catalogue(work / "catalogue.sqlite")
         self._started = time.monotonic()
 
@@ -442,18 +436,17 @@ class Job:
         if _reuse(flags, index_key(flags, known), hosts):
             return
         source = sources.open_source(flags.source, flags.hosts(), self._work)
-        with Workforce(pictures.warm_up) as workforce:
-            split, notes = self._table.fill(_counted(source.entries(), workforce), flags.seed, len(hosts.names))
-            # Only now is a prefix known; and an archive may have changed between the question and the download.
-            key = index_key(flags, source.fingerprint())
-            if known is None and _reuse(flags, key, hosts):
-                return
-            look(source, self._table, flags, hosts.mine, self._work, workforce)
-            share(self._table, hosts, self._work)
-            decide(self._table, flags)
-            self._write(split, notes, key, workforce)
+        split, notes = self._table.fill(source.entries(), flags.seed, len(hosts.names))
+        # Only now is a prefix known; and an archive may have changed between the question and the download.
+        key = index_key(flags, source.fingerprint())
+        if known is None and _reuse(flags, key, hosts):
+            return
+        look(source, self._table, flags, hosts.mine, self._work, self._workforce)
+        share(self._table, hosts, self._work)
+        decide(self._table, flags)
+        self._write(split, notes, key)
 
-    def _write(self, split: str, notes: list[str], key: str | None, workforce: Workforce) -> None:
+    def _write(self, split: str, notes: list[str], key: str | None) -> None:
         """Shards by every instance, then all the rest by the first; ``dataset.json`` comes last."""
         table, flags, hosts = self._table, self._flags, self._hosts
         name, classes = dataset_hash(table.pictures(), flags.picture_size), table.classes()
@@ -462,7 +455,7 @@ class Job:
         shards = table.plan(classes, SHARD_BYTES)
         if not there:
             mine = [shard for shard in shards if shard.host == hosts.mine]
-            write_shards(table, mine, folder / "shards", self._work, workforce)
+            write_shards(table, mine, folder / "shards", self._work, self._workforce)
         done = f"{name} {'there' if there else 'written'}"
         hosts.tell_text("done", done)
         if not hosts.first:
@@ -536,14 +529,14 @@ def _same_decision(ours: str, host: str, path: Path) -> None:
         raise DataError(f"instance {host} came to {theirs!r}, this one to {ours!r}: the store or the code changed, start again")
 
 
-def prepare(flags: PrepareFlags) -> None:
-    """The whole of prepare.py. Raises DataError or ConfigError with one clear line."""
+def prepare(flags: PrepareFlags, workforce: Workforce | None = None) -> None:
+    """The whole of prepare.py; without a ``workforce`` in this process. Raises DataError or ConfigError with one clear line."""
     flags.check()
     hosts = Hosts.of_this_job(flags.exchange_uri, flags.exchange_wait_s)
     Path(flags.dataset).mkdir(parents=True, exist_ok=True)
     # Beside the outputs: the job's volume is there, and it is the one that was sized for the pictures.
     with tempfile.TemporaryDirectory(dir=Path(flags.dataset).parent) as work:
-        job = Job(flags, hosts, Path(work))
+        job = Job(flags, hosts, Path(work), workforce or Workforce())
         try:
             job.run()
         except BaseException as problem:

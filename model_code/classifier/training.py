@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from classifier import checkpoint, distributed, features, model
 from classifier.batches import Batches, DeviceBatches, FeatureBatches, PictureBatches, choose_workers
 from classifier.config import CACHED_FEATURES, WATCHING, TrainingConfig
+from classifier.cpus import cpu_count
 from classifier.dataset import (
     DatasetInfo,
     DecodedSplit,
@@ -24,7 +25,6 @@ from classifier.dataset import (
     Pictures,
     ShardSplit,
     choose_place,
-    cpu_count,
     load_split,
     read_info,
     training_side,

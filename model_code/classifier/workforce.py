@@ -10,13 +10,10 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, TypeVar
 
-from classifier.dataset import cpu_count
 from classifier.errors import DataError
 
 T = TypeVar("T")
 
-SMALL = 200
-"""With fewer pictures than this, starting processes (about a second) takes longer than the work."""
 CHUNK = 32
 CHUNK_BYTES = 32 * 2**20
 """What one process is given at a time: bounds its memory, and keeps the others busy at the end."""
@@ -25,24 +22,20 @@ AHEAD = 3
 
 
 class Workforce:
-    """Runs functions in one process for each CPU that this job may use, or at once in this one. To be used with ``with``."""
+    """Runs functions in processes of its own, or at once in this one. To be used with ``with``."""
 
-    def __init__(self, warm_up: Callable[[], object]) -> None:
-        """``warm_up`` is what every process does first."""
-        self._warm_up = warm_up
-        self._pool: ProcessPoolExecutor | None = None
-        self._limit = 0
+    def __init__(self, processes: int = 0, warm_up: Callable[[], object] = int) -> None:
+        """``processes`` (0: work in this one) are forked at once; ``warm_up`` is what each does first.
 
-    def expect(self, pictures: int) -> None:
-        """Start the processes once so many pictures are known of; they get ready while the rest is listed."""
-        if self._pool is not None or pictures < SMALL:
-            return
-        processes = cpu_count()
-        # Spawned, not forked: threads of Arrow or boto3 may hold locks that a forked child would wait for in vain.
-        self._pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        To be made before anything starts threads (numpy, Arrow, boto3): a forked child would wait in vain for locks that these
+        hold. Being early, they import what they need while this process does, and are half a second ahead of spawned ones.
+        """
         self._limit = processes * AHEAD
-        for _ in range(processes):
-            self._pool.submit(self._warm_up)
+        self._pool: ProcessPoolExecutor | None = None
+        if processes:
+            self._pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+            for _ in range(processes):
+                self._pool.submit(warm_up)
 
     def __enter__(self) -> Workforce:
         return self
@@ -76,6 +69,8 @@ class Rate:
     """Says how far the work is, every two seconds."""
 
     EVERY_S = 2.0
+    MANY = 200
+    """With fewer pictures than this the last line would be the only one, and says nothing."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
@@ -85,7 +80,7 @@ class Rate:
         """``count`` more are done."""
         self._done += count
         now = time.monotonic()
-        if now - self._said > self.EVERY_S or (self._done == self._total and self._done >= SMALL):
+        if now - self._said > self.EVERY_S or (self._done == self._total and self._done >= self.MANY):
             self._said = now
             rate = self._done / max(now - self._started, 1e-3)
             print(f"progress pictures={self._done}/{self._total} pictures_per_s={rate:.0f}", flush=True)

@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
-from classifier import preparation, serving, sources, storage, workforce
+from classifier import preparation, serving, sources, storage
 from classifier.catalogue import Catalogue
 from classifier.dataset import load_split, read_info
 from classifier.errors import ConfigError, DataError
@@ -667,16 +668,26 @@ def _contents(folder: Path) -> set[tuple[str, str, bytes]]:
     return found
 
 
-def test_worker_processes_make_the_same_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+# Small chunks, so that every process gets some; in a process of its own, because this one has threads.
+_TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from classifier import workforce
+workforce.CHUNK = 5
+from prepare import warm_up
+with workforce.Workforce(2, warm_up) as workers:
+    from classifier.preparation import PrepareFlags, prepare
+    prepare(PrepareFlags(**json.loads(sys.argv[2])), workers)
+"""
+
+
+def test_worker_processes_make_the_same_data_set(tmp_path: Path):
     root = write_folder(tmp_path / "pictures")
     archive = Path(shutil.make_archive(str(tmp_path / "pictures"), "tar", root))
     prepare(flags(root.as_uri(), tmp_path / "one"))
-    monkeypatch.setattr(workforce, "SMALL", 0)
-    monkeypatch.setattr(workforce, "CHUNK", 5)
-    monkeypatch.setattr(preparation, "CHUNK", 5)
-    monkeypatch.setattr(workforce, "cpu_count", lambda: 2)
     for name, source in (("many", root), ("tar", archive)):
-        prepare(flags(source.as_uri(), tmp_path / name))
+        given = json.dumps(asdict(flags(source.as_uri(), tmp_path / name)))
+        subprocess.run([sys.executable, "-c", _TWO_PROCESSES, str(MODEL_CODE), given], check=True, timeout=120)
         assert _results(tmp_path / name)[0]["dataset_hash"] == _results(tmp_path / "one")[0]["dataset_hash"]
     name = _results(tmp_path / "one")[0]["dataset_hash"]
     manifests = [(tmp_path / out / "datasets" / name / "manifest.parquet").read_bytes() for out in ("one", "many")]
