@@ -6,13 +6,28 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import uvicorn
-from classifier.serving import OnnxModel
-from inference import RequestError, input_fn, model_fn, output_fn, predict_fn
-from PIL import Image
+from classifier.cpus import cpu_count
+from classifier.served_model import ServedModel
+from inference import (
+    MAX_PICTURES,
+    Parameters,
+    RequestError,
+    bounded,
+    decoded,
+    explain_fn,
+    kind_of,
+    model_fn,
+    output_fn,
+    pictures_in_json,
+    predict_fn,
+)
+from python_multipart import FormParser
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,36 +35,68 @@ from starlette.routing import Route
 
 MAX_BODY = 6 * 2**20
 """SageMaker's own limit of a real-time invocation is 6 MiB."""
-WORKERS = int(os.environ.get("INFERENCE_WORKERS", "0")) or os.cpu_count() or 1
+WORKERS = int(os.environ.get("INFERENCE_WORKERS", "0")) or cpu_count()
 MAX_WAITING = int(os.environ.get("MAX_WAITING", "0")) or 16 * WORKERS
-"""Requests in the house at once; the next one is told to come back instead of queueing without end."""
+"""Pictures in the house at once; the next one is told to come back instead of queueing without end."""
+SELF_TEST_MAX_MS = float(os.environ.get("SELF_TEST_MAX_MS", "5000"))
+BODY_TIMEOUT_S = 15.0
+"""How long a client may take to send its body."""
+SHUTDOWN_S = 10
+_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 
 
 class Service:
-    """The model, its threads, and how many requests are being served."""
+    """The model, its threads, and how many pictures are being served."""
 
     def __init__(self, model_dir: str) -> None:
         self.model_dir = model_dir
-        self.model: OnnxModel | None = None
+        self.model: ServedModel | None = None
         self.problem = "the model is being loaded"
         self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self.inside = 0
 
     def load(self) -> None:
-        """Load and run once, so that /ping says yes only when an answer is possible."""
+        """Load and prove the model, so that /ping says yes only when right answers are possible."""
         try:
-            model = model_fn(self.model_dir)
-            predict_fn(Image.new("RGB", (64, 64)), model)
+            model = model_fn(self.model_dir, WORKERS)
+            model.self_test(SELF_TEST_MAX_MS)
             self.model = model
+            print(f"serving {model.form.name} with {WORKERS} workers", flush=True)
         except Exception as problem:
-            self.problem = f"the model in {self.model_dir} could not be loaded: {problem}"
+            self.problem = f"the model in {self.model_dir} cannot serve: {problem}"
             print(f"error: {self.problem}", file=sys.stderr, flush=True)
 
-    def answer(self, body: bytes, content_type: str, accept: str, k: int) -> bytes:
-        """Decode, predict, encode; runs in a worker thread. Raises RequestError."""
+    def ready(self) -> ServedModel:
+        """The model. Raises RequestError 503 while there is none."""
         if self.model is None:
             raise RequestError(503, "model_not_ready", self.problem)
-        return output_fn(predict_fn(input_fn(body, content_type), self.model, k), accept)
+        return self.model
+
+    @contextlib.contextmanager
+    def room_for(self, pictures: int) -> Iterator[None]:
+        """Holds places in the house. Raises RequestError 429 when there are none."""
+        if self.inside and self.inside + pictures > MAX_WAITING:
+            raise RequestError(429, "too_many_requests", f"{self.inside} pictures are being served: try again in a second")
+        self.inside += pictures
+        try:
+            yield
+        finally:
+            self.inside -= pictures
+
+    def one(self, body: bytes, parameters: Parameters) -> dict[str, Any]:
+        """Decode and predict; runs in a worker thread. Raises RequestError."""
+        return predict_fn(decoded(body), self.ready(), parameters)
+
+    def one_of_many(self, body: bytes, parameters: Parameters) -> dict[str, Any]:
+        """Like ``one``, but an error is a result: the other pictures' answers are not lost."""
+        try:
+            return self.one(body, parameters)
+        except RequestError as problem:
+            return {"error": {"code": problem.code, "message": str(problem)}}
+
+    def explanation(self, body: bytes, parameters: Parameters) -> tuple[bytes, str]:
+        """Decode and explain; runs in a worker thread. Raises RequestError."""
+        return explain_fn(decoded(body), self.ready(), parameters)
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
@@ -58,52 +105,93 @@ def _error(status: int, code: str, message: str) -> JSONResponse:
 
 
 async def _read(request: Request) -> bytes:
-    """The body, given up as soon as it is longer than MAX_BODY. Raises RequestError 413."""
+    """The body, given up as soon as it is longer than MAX_BODY or too slow. Raises RequestError 413 or 408."""
     message = f"the body is larger than {MAX_BODY} bytes: send a smaller picture"
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > MAX_BODY:
         raise RequestError(413, "body_too_large", message)
     parts = bytearray()
-    async for part in request.stream():
-        parts += part
-        if len(parts) > MAX_BODY:
-            raise RequestError(413, "body_too_large", message)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                parts += part
+                if len(parts) > MAX_BODY:
+                    raise RequestError(413, "body_too_large", message)
+    except TimeoutError:
+        raise RequestError(408, "slow_body", f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s: send it again") from None
     return bytes(parts)
 
 
-def _top_k(request: Request) -> int:
-    """``top_k=3`` in SageMaker's custom attributes; 5 without. Raises RequestError 422."""
-    for pair in request.headers.get("x-amzn-sagemaker-custom-attributes", "").split(","):
-        name, _, value = pair.partition("=")
-        if name.strip() == "top_k":
-            if not value.strip().isdigit() or not 1 <= int(value) <= 1000:
-                raise RequestError(422, "bad_top_k", f"top_k={value.strip()!r} is not a whole number from 1 to 1000")
-            return int(value)
-    return 5
+def pictures_in_form(body: bytes, content_type: str) -> list[bytes]:
+    """The file parts of a multipart form. Raises RequestError."""
+    options = {name.strip().lower(): value for name, _, value in (part.partition("=") for part in content_type.split(";"))}
+    boundary = options.get("boundary", "").strip().strip('"')
+    found: list[bytes] = []
+
+    def keep(file: Any) -> None:
+        bounded(len(found) + 1)
+        file.file_object.seek(0)
+        found.append(file.file_object.read())
+
+    try:
+        if not boundary:
+            raise FormParserError("no boundary")
+        # The body is bounded already: nothing need be spooled to a disk that is read-only.
+        config = {"MAX_MEMORY_FILE_SIZE": MAX_BODY + 1, "MAX_FIELDS": MAX_PICTURES}
+        parser = FormParser("multipart/form-data", None, keep, boundary=boundary.encode(), config=config)
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError) as problem:
+        raise RequestError(400, "bad_form", f"the multipart form is damaged ({str(problem)[:80]}): send file parts") from None
+    bounded(len(found))
+    return found
 
 
 async def ping(request: Request) -> Response:
-    """200 after one warm-up inference; 503 before, or when the model cannot be loaded."""
+    """200 once the model has passed its self-test; 503 before, or when it cannot."""
     service: Service = request.app.state.service
     return Response(status_code=200) if service.model else _error(503, "model_not_ready", service.problem)
 
 
 async def invocations(request: Request) -> Response:
-    """One picture in, its likeliest labels out."""
+    """One picture or a batch in, the likeliest labels (or a heat map) out."""
     service: Service = request.app.state.service
-    if service.inside >= MAX_WAITING:
-        return _error(429, "too_many_requests", f"{MAX_WAITING} requests are being served: try again in a second")
-    service.inside += 1
     try:
-        body, k = await _read(request), _top_k(request)
-        content_type, accept = request.headers.get("content-type", ""), request.headers.get("accept", "*/*")
-        loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(service.pool, service.answer, body, content_type, accept, k)
-        return Response(answer, media_type="application/json")
+        content_type = request.headers.get("content-type", "")
+        kind, parameters = kind_of(content_type), Parameters.of(request.headers.get(_ATTRIBUTES, ""))
+        with service.room_for(1):
+            body = await _read(request)
+            pictures, many = [body], False
+            if kind == "json":
+                pictures, many = pictures_in_json(body)
+            elif kind == "form":
+                pictures, many = pictures_in_form(body, content_type), True
+            if parameters.explain:
+                return await _explained(service, pictures, parameters)
+            return await _classified(service, pictures, many, parameters, request.headers.get("accept", "*/*"))
     except RequestError as problem:
         return _error(problem.status, problem.code, str(problem))
-    finally:
-        service.inside -= 1
+
+
+async def _classified(service: Service, pictures: list[bytes], many: bool, parameters: Parameters, accept: str) -> Response:
+    loop = asyncio.get_running_loop()
+    model = service.ready()
+    if not many:
+        answer = await loop.run_in_executor(service.pool, service.one, pictures[0], parameters)
+    else:
+        with service.room_for(len(pictures) - 1):
+            # The workers share the pictures of a batch.
+            calls = [loop.run_in_executor(service.pool, service.one_of_many, one, parameters) for one in pictures]
+            answer = {"results": await asyncio.gather(*calls)}
+    return Response(output_fn({**answer, "model": model.describe()}, accept), media_type="application/json")
+
+
+async def _explained(service: Service, pictures: list[bytes], parameters: Parameters) -> Response:
+    if len(pictures) > 1:
+        raise RequestError(422, "one_picture", "explain=true takes one picture: send one")
+    loop = asyncio.get_running_loop()
+    content, attributes = await loop.run_in_executor(service.pool, service.explanation, pictures[0], parameters)
+    return Response(content, media_type="image/png", headers={_ATTRIBUTES: attributes})
 
 
 def build_app(model_dir: str) -> Starlette:
@@ -132,7 +220,16 @@ def main(argv: list[str]) -> int:
     app = build_app(os.environ.get("SM_MODEL_DIR", "/opt/ml/model"))
     # The container is reached through SageMaker's own network only, hence all addresses.
     host = os.environ.get("BIND_HOST", "0.0.0.0")  # noqa: S104
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        # On SIGTERM: no new connections, what is inside is answered.
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
     return 0
 
 

@@ -20,14 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from classifier import metrics, storage
+from classifier import choosing, metrics, novelty, storage
 from classifier.cpus import cpu_count
 from classifier.dataset import DatasetInfo, decoded, members, read_info
 from classifier.errors import DataError
+from classifier.forms import FORMS
 from classifier.pictures import write_thumbnail
-from classifier.serving import Floats, OnnxModel, centre, decode, normalise
+from classifier.served_model import HEAD, ServedModel
+from classifier.serving import Floats, Preprocessing, centre, decode, normalise
 
-CODE = ("inference.py", "server.py", "classifier/__init__.py", "classifier/serving.py")
+CODE = (
+    "inference.py",
+    "server.py",
+    *(f"classifier/{name}.py" for name in ("__init__", "cpus", "explaining", "forms", "novelty", "served_model", "serving")),
+)
+"""What the serving image holds too; the artifact carries it for whoever reads it."""
 BATCH = 32
 MAX_SMOKE = 4
 MAX_PAIRS = 12
@@ -64,7 +71,7 @@ def unpack_model(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def logits_of(model: OnnxModel, info: DatasetInfo, split: str) -> tuple[Floats, metrics.Ints]:
+def logits_of(model: ServedModel, info: DatasetInfo, split: str) -> tuple[Floats, metrics.Ints]:
     """Logits ``(N, C)`` and labels ``(N,)`` of a split, in shard order. Raises DataError when pictures are missing."""
     parts: list[Floats] = []
     labels: list[int] = []
@@ -100,7 +107,7 @@ def chosen_members(info: DatasetInfo, split: str, numbers: Iterable[int]) -> dic
     return found
 
 
-def latency(model: OnnxModel, info: DatasetInfo, count: int = 40) -> dict[str, float]:
+def latency(model: ServedModel, info: DatasetInfo, count: int = 40) -> dict[str, float]:
     """Milliseconds from stored bytes to probabilities, valid's pictures one at a time, after a warm-up."""
     times = []
     for number, (_, _, data) in enumerate(members(info, "valid")):
@@ -125,7 +132,7 @@ def champion_result(uri: str, info: DatasetInfo) -> dict[str, Any] | None:
         with tempfile.TemporaryDirectory() as work:
             archive = Path(work) / "model.tar.gz"
             storage.download(location, archive)
-            model = OnnxModel(unpack_model(archive, Path(work) / "model"), threads=cpu_count())
+            model = ServedModel(unpack_model(archive, Path(work) / "model"), threads=cpu_count())
             result["same_classes"] = model.labels == info.labels
             if result["same_classes"]:
                 logits, labels = logits_of(model, info, "test")
@@ -197,7 +204,12 @@ def write_pairs(
 def pack(model: Path, artifact: Path) -> None:
     """model.tar.gz with the code that serves it; the same input gives the same bytes."""
     code = Path(__file__).resolve().parent.parent
-    files = [(name, model / name) for name in ("model.json", "model.onnx", "weights.safetensors")]
+    description = json.loads((model / "model.json").read_text(encoding="utf-8"))
+    form = FORMS[description["form"]]
+    names = {"model.json", "weights.safetensors", form.file, FORMS[form.fallback].file}
+    names |= {HEAD} if description.get("explanation") == "cam" else set()
+    names |= {example["file"] for example in description["selftest"]}
+    files = [(name, model / name) for name in names]
     files += [(f"code/{name}", code / name) for name in CODE]
     artifact.mkdir(parents=True, exist_ok=True)
     # Weights hardly compress; level 1 keeps the job short.
@@ -222,16 +234,19 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         source = unpack_model(_archive(Path(flags.model)), Path(work))
-        model = OnnxModel(source, threads=cpu_count())
-        if model.info["classes"] != info.classes:
-            raise DataError("the model's classes are not the data set's: evaluate it on the data set it was trained on")
+        model, rows = _fastest(source, info)
         valid_logits, valid_labels = logits_of(model, info, "valid")
         temperature = metrics.fit_temperature(valid_logits, valid_labels)
         model.temperature = temperature
+        model.info["novelty"] = {
+            "temperature": temperature,
+            "quantiles": novelty.quantiles(valid_logits, temperature),
+        }
         speed = latency(model, info)
         logits, labels = logits_of(model, info, "test")
-        result = {**_result(logits, labels, temperature, info, folder), "latency_ms": speed}
+        result = {**_result(logits, labels, temperature, info, folder), "latency_ms": speed, "forms": rows}
         result["champion"] = champion_result(flags.champion_uri, info)
+        model.info["selftest"] = write_selftest(model, folder / "smoke", source)
         _finish_model(source, model.info, result, flags)
         pack(source, Path(flags.artifact))
         # What serves and what is deployed again later outlives the run's own folder, which expires.
@@ -240,6 +255,51 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
         if history.is_file():
             shutil.copyfile(history, folder / "training.json")
     return _write(result, info, flags)
+
+
+def _fastest(source: Path, info: DatasetInfo) -> tuple[ServedModel, list[dict[str, Any]]]:
+    """The model in the form that will serve, and all forms with their figures. Writes the choice into model.json."""
+    model = ServedModel(source, form=choosing.REFERENCE)
+    if model.info["classes"] != info.classes:
+        raise DataError("the model's classes are not the data set's: evaluate it on the data set it was trained on")
+    rows = choosing.choose(source, _sample(info, model.preprocessing), model.preprocessing)
+    chosen = next(row for row in rows if row["chosen"])["form"]
+    for row in rows:
+        print(f"form {row['form']}: {_figures(row)}{' <- serves' if row['chosen'] else ''}", flush=True)
+    _write_description(source, {**model.info, "form": chosen, "forms": rows})
+    return ServedModel(source, cpu_count(), chosen), rows
+
+
+def _figures(row: dict[str, Any]) -> str:
+    if row["batch1_ms"] is None or row["valid_top1"] is None:
+        return str(row["refused"])
+    figures = f"{row['batch1_ms']:.2f} ms a picture, valid_top1={row['valid_top1']:.4f}, agreement={row['agreement']:.4f}"
+    return f"{figures} ({row['refused']})" if row["refused"] else figures
+
+
+def _sample(info: DatasetInfo, preprocessing: Preprocessing) -> choosing.Sample:
+    """Validation pictures, evenly left out where they would take too much memory."""
+    every = choosing.stride(info.num_pictures["valid"], preprocessing.image_size)
+    squares, labels = [], []
+    for number, (pixels, label) in enumerate(decoded(info, "valid", preprocessing.resize_size, cpu_count())):
+        if number % every == 0:
+            squares.append(centre(pixels, preprocessing.image_size).copy())
+            labels.append(label)
+    return choosing.Sample(np.stack(squares), np.asarray(labels, dtype=np.int64))
+
+
+def write_selftest(model: ServedModel, smoke: Path, folder: Path) -> list[dict[str, Any]]:
+    """The smoke pictures, with what the model says of them, into the artifact: a server starts only if it says so too."""
+    (folder / "selftest").mkdir()
+    found = []
+    for example in json.loads((smoke / "smoke.json").read_text(encoding="utf-8")):
+        name = f"selftest/{example['file']}"
+        data = (smoke / example["file"]).read_bytes()
+        chances = model.predict(decode(data))
+        best = int(chances.argmax())
+        (folder / name).write_bytes(data)
+        found.append({"file": name, "label": model.labels[best], "probability": round(float(chances[best]), 4)})
+    return found
 
 
 def _archive(folder: Path) -> Path:
@@ -302,6 +362,10 @@ def _finish_model(folder: Path, description: dict[str, Any], result: dict[str, A
         "run": flags.run,
         "code_hash": flags.code_hash,
     }
+    _write_description(folder, description)
+
+
+def _write_description(folder: Path, description: dict[str, Any]) -> None:
     (folder / "model.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The model artifact: weights.safetensors, model.onnx and model.json."""
+"""The model artifact of a training: weights.safetensors, model.onnx, head.npy and model.json. The evaluation adds the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from classifier.errors import UserError
-from classifier.serving import OnnxModel
+from classifier.feature_maps import with_feature_map
+from classifier.forms import FEATURES
+from classifier.served_model import HEAD, ServedModel
 from classifier.training import Setup
 
 OPSET = 18
@@ -31,8 +33,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
-    """Opset 18, fp32, dynamic batch, weights inside the file."""
+def write_onnx(network: nn.Module, image_size: int, path: Path, outputs: list[str]) -> None:
+    """Opset 18, fp32, dynamic batch, weights inside the file; ``outputs`` names what the network answers."""
     network = network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     sample = torch.zeros(2, 3, image_size, image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -44,7 +46,7 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
             (sample,),
             dynamo=True,
             input_names=["input"],
-            output_names=["logits"],
+            output_names=outputs,
             opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
             verbose=False,
@@ -54,12 +56,24 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
         program.save(str(path), external_data=False)
 
 
+def _write_network(network: nn.Module, image_size: int, folder: Path) -> str:
+    """model.onnx, and where its last layer makes class activation maps head.npy; ``cam`` or ``occlusion``."""
+    mapped = with_feature_map(network.eval())
+    if mapped is None:
+        write_onnx(network, image_size, folder / "model.onnx", ["logits"])
+        return "occlusion"
+    whole, head = mapped
+    write_onnx(whole, image_size, folder / "model.onnx", ["logits", FEATURES])
+    np.save(folder / HEAD, head.weight.detach().numpy().astype(np.float32))
+    return "cam"
+
+
 def verify_onnx(network: nn.Module, folder: Path, image_size: int) -> float:
     """Largest relative difference of logits between torch and ONNX Runtime. Raises UserError beyond TOLERANCE."""
     batch = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = network.eval()(batch).numpy()
-    served = OnnxModel(folder, threads=torch.get_num_threads())
+    served = ServedModel(folder, threads=torch.get_num_threads())
     worst = 0.0
     for rows in (1, 3):
         difference = np.abs(served.logits(batch[:rows].numpy()) - expected[:rows]).max()
@@ -91,10 +105,10 @@ def export(setup: Setup, network: nn.Module, history: list[dict[str, Any]], fold
     folder.mkdir(parents=True, exist_ok=True)
     network = network.cpu()  # exported and compared where it will serve
     save_file({key: value.detach().contiguous() for key, value in network.state_dict().items()}, folder / "weights.safetensors")
-    write_onnx(network, setup.preprocessing.image_size, folder / "model.onnx")
+    explanation = _write_network(network, setup.preprocessing.image_size, folder)
     best = max(history, key=lambda row: row["valid_top1"]) if history else {}
     description: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "architecture": setup.config.backbone,
         "stem": "small" if setup.config.stem == "small" else "standard",
         "num_classes": setup.info.num_classes,
@@ -108,8 +122,10 @@ def export(setup: Setup, network: nn.Module, history: list[dict[str, Any]], fold
         "valid_top1": best.get("valid_top1"),
         "history": history,
         "versions": versions(),
-        "onnx": {"opset": OPSET, "form": "fp32"},
-        "sha256": {name: sha256(folder / name) for name in ("weights.safetensors", "model.onnx")},
+        "onnx": {"opset": OPSET},
+        "form": "onnxruntime-fp32",
+        "explanation": explanation,
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix != ".json"},
     }
     path = folder / "model.json"
     path.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Preprocessing and prediction with numpy, Pillow and ONNX Runtime. This is THE definition of the preprocessing.
+"""Preprocessing with numpy and Pillow: THE definition of what a network sees of a picture.
 
 Preparation, training and evaluation use these functions too; nothing here may import torch.
 
@@ -8,10 +8,7 @@ Shapes: a decoded picture is ``(H, W, 3) uint8``; network input is ``(B, 3, S, S
 from __future__ import annotations
 
 import io
-import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,44 +187,6 @@ def softmax(logits: Floats, temperature: float = 1.0) -> Floats:
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
     exponent = np.exp(scaled)
     return np.asarray(exponent / exponent.sum(axis=-1, keepdims=True), dtype=np.float32)
-
-
-class OnnxModel:
-    """model.onnx with model.json beside it. Safe to call from several threads."""
-
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        """Raises FileNotFoundError when the folder holds no model."""
-        import onnxruntime
-
-        for name in ("model.json", "model.onnx"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing: the model artifact must hold model.json and model.onnx")
-        self.info: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        self.preprocessing = Preprocessing.from_json(self.info["preprocessing"])
-        self.labels: list[str] = [str(label) for label in self.info["labels"]]
-        self.temperature = float(self.info.get("temperature", 1.0))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or int(os.environ.get("INFERENCE_THREADS", "1"))
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(folder / "model.onnx"), sess_options=options, providers=["CPUExecutionProvider"]
-        )
-        self._input = self._session.get_inputs()[0].name
-
-    def logits(self, batch: Floats) -> Floats:
-        """``(B, 3, S, S) float32`` to ``(B, classes) float32``."""
-        logits: Floats = np.asarray(self._session.run(None, {self._input: batch})[0], dtype=np.float32)
-        return logits
-
-    def predict(self, picture: Image.Image) -> Floats:
-        """Calibrated probabilities ``(classes,)`` of one decoded picture."""
-        probabilities: Floats = softmax(self.logits(preprocess(picture, self.preprocessing)), self.temperature)[0]
-        return probabilities
-
-    def describe(self) -> dict[str, Any]:
-        """What an answer says about the model."""
-        return {name: self.info.get(name) for name in ("run", "dataset_hash", "top1")}
 
 
 def top_k(probabilities: Floats, labels: list[str], k: int) -> list[dict[str, Any]]:

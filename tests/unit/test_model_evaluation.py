@@ -15,7 +15,8 @@ from classifier import dataset as datasets
 from classifier import evaluation, metrics, report_sections, reporting
 from classifier.errors import DataError
 from classifier.preparation import prepare
-from classifier.serving import OnnxModel, Preprocessing
+from classifier.served_model import ServedModel
+from classifier.serving import Preprocessing
 from model_fakes import flags, picture
 from PIL import Image
 from scipy.stats import binom, binomtest
@@ -152,13 +153,13 @@ def job(places: tuple[Path, Path], tmp_path: Path) -> evaluation.EvaluateFlags:
 
 def test_the_test_split_is_decoded_and_classified_once(job: evaluation.EvaluateFlags, monkeypatch: pytest.MonkeyPatch):
     seen: Counter[str] = Counter()
-    read, one, many = evaluation.members, datasets._decode_one, OnnxModel.logits
+    read, one, many = evaluation.members, datasets._decode_one, ServedModel.logits
 
     def count_decoded(data: bytes, label: int, size: int):
         seen["decoded"] += 1
         return one(data, label, size)
 
-    def count_classified(self: OnnxModel, batch: np.ndarray):
+    def count_classified(self: ServedModel, batch: np.ndarray):
         seen["classified"] += len(batch)
         return many(self, batch)
 
@@ -167,12 +168,12 @@ def test_the_test_split_is_decoded_and_classified_once(job: evaluation.EvaluateF
         yield from read(info, split)
 
     monkeypatch.setattr(datasets, "_decode_one", count_decoded)
-    monkeypatch.setattr(OnnxModel, "logits", count_classified)
+    monkeypatch.setattr(ServedModel, "logits", count_classified)
     monkeypatch.setattr(datasets, "members", count_read)
     monkeypatch.setattr(evaluation, "members", count_read)
     evaluation.evaluate(job)
-    assert seen["decoded"] == 6 + 12  # valid, test
-    assert seen["classified"] == 6 + 12 + 6  # and the latency sample, of valid
+    assert seen["decoded"] == 6 + 6 + 12  # valid for the choice of the form, valid, test
+    assert seen["classified"] == 6 + 12 + 6 + 3  # and the latency sample, of valid, and the pictures of the self-test
     assert seen["test read"] == 1
 
 

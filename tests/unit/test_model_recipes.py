@@ -9,6 +9,7 @@ import pytest
 import torch
 from classifier import engine, export, features, model, optim, serving, training
 from classifier.errors import ConfigError, DataError
+from classifier.served_model import ServedModel
 from model_fakes import config, prepared, run_script
 from torch import nn
 
@@ -85,7 +86,7 @@ def test_a_linear_probe_comes_before_the_fine_tuning(dataset: Path, tmp_path: Pa
     history = training.fit(setup)
     described = export.export(setup, training.whole_model(setup), history, tmp_path / "model")
     assert described["hyperparameters"]["recipe"] == "lp-ft"
-    assert isinstance(serving.OnnxModel(tmp_path / "model").labels, list)
+    assert isinstance(ServedModel(tmp_path / "model").labels, list)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "convnext_tiny", "efficientnet_v2_s", "swin_t", "vit_b_16"])

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 from classifier import export, serving, training
+from classifier.served_model import ServedModel
 from model_fakes import MODEL_CODE, config, picture, prepared
 
 
@@ -69,9 +70,9 @@ def test_a_picture_gets_sorted_labels(server: str, model_dir: Path):
     predictions = answer.json()["predictions"]
     assert len(predictions) == 2
     assert predictions[0]["probability"] >= predictions[1]["probability"]
-    model = serving.OnnxModel(model_dir)
+    model = ServedModel(model_dir)
     assert predictions == serving.top_k(model.predict(serving.decode(body)), model.labels, 2)
-    assert set(answer.json()["model"]) == {"run", "dataset_hash", "top1"}
+    assert set(answer.json()["model"]) == {"run", "dataset_hash", "top1", "form"}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from classifier import (
 )
 from classifier.errors import ConfigError, WeightsError
 from classifier.evaluation import EvaluateFlags, evaluate
+from classifier.served_model import ServedModel
 from model_fakes import config, prepared, run_script
 from torch import nn
 
@@ -113,7 +114,7 @@ def test_a_head_on_cached_features_exports_the_whole_network(channels: Path, tmp
     assert described["architecture"] == "mobilenet_v3_small"
     assert described["onnx"]["difference"] < 1e-4
     inputs, labels = features.load(tmp_path / "features", "valid")
-    served = serving.OnnxModel(tmp_path / "model")
+    served = ServedModel(tmp_path / "model")
     valid = training.load_split(info, "valid", 32)
     logits = served.logits(serving.normalise(valid.pictures, served.preprocessing))
     with torch.inference_mode():
