@@ -49,7 +49,7 @@ class Parameters:
         """From ``name=value`` pairs between commas; unknown names are left to others. Raises RequestError 422."""
         pairs = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in attributes.split(","))}
         count, least, explain = pairs.get("top_k", "5"), pairs.get("threshold", "0"), pairs.get("explain", "false")
-        if not (count.isascii() and count.isdigit() and 1 <= int(count) <= 1000):
+        if not (count.isascii() and count.isdigit() and len(count) <= 4 and 1 <= int(count) <= 1000):
             raise RequestError(422, "bad_top_k", f"top_k={count[:20]!r} is not a whole number from 1 to 1000")
         if explain not in ("true", "false"):
             raise RequestError(422, "bad_explain", f"explain={explain[:20]!r} is neither true nor false")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -46,3 +47,10 @@ def error_answer(error: HttpError, request_id: str) -> dict[str, Any]:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     body = {"error": {"code": error.code, "message": error.message}, "request_id": request_id}
     return answer(error.status, body, request_id, headers)
+
+
+def picture_answer(content: bytes, headers: dict[str, str], request_id: str) -> dict[str, Any]:
+    """API Gateway's proxy form of a PNG."""
+    text = base64.b64encode(content).decode()
+    kind = {"Content-Type": "image/png", "Content-Security-Policy": CLOSED_POLICY}
+    return raw(200, text, {**kind, **headers}, request_id) | {"isBase64Encoded": True}

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
-from answers import HttpError, answer, error_answer, raw
+import bodies
+from answers import HttpError, answer, error_answer, picture_answer, raw
 from description import description
 from model import Model
 from page import page
-from pictures import TYPES, NotAPictureError, read_header
-
-MAX_BYTES = int(os.environ.get("MAX_BYTES", "4718592"))
-"""4.5 MiB: with base64 and its envelope this is what a synchronous Lambda call carries (6 MB). Serverless endpoints take less."""
 
 log = logging.getLogger("api")
 log.setLevel(os.environ.get("LOG_LEVEL", "INFO"))
@@ -33,6 +30,7 @@ def model() -> Model:
         bucket=os.environ["DATA_BUCKET"],
         state_machine=os.environ["STATE_MACHINE_NAME"],
         on_demand=os.environ.get("ON_DEMAND") == "true",
+        wakes=os.environ["STATE_MACHINE_ARN"] if os.environ.get("WAKES") == "true" else "",
     )
 
 
@@ -52,6 +50,7 @@ def handle(event: dict[str, Any], context: Any) -> dict[str, Any]:
         log.exception(json.dumps({"request_id": request_id, "route": " ".join(route)}))
         problem = HttpError(500, failure, "The service failed; its log names the reason under this request_id.", 5)
         result = error_answer(problem, request_id)
+    result["headers"] |= _cross_origin(event)
     took = round((time.monotonic() - started) * 1000)
     line = {"request_id": request_id, "route": " ".join(route), "status": result["statusCode"], "error": failure, "ms": took}
     log.info(json.dumps(line))
@@ -65,6 +64,8 @@ def _route(route: tuple[str, str]) -> Handler:
     """The function for a method and a path."""
     routes: Mapping[tuple[str, str], Handler] = {
         ("POST", "/predict"): _predict,
+        ("POST", "/predict/batch"): _predict_batch,
+        ("POST", "/explain"): _explain,
         ("GET", "/labels"): lambda _, request_id: answer(200, model().labels(), request_id),
         ("GET", "/health"): lambda _, request_id: answer(200, {"status": "ok"}, request_id),
         ("GET", "/openapi.json"): _description,
@@ -78,13 +79,24 @@ def _route(route: tuple[str, str]) -> Handler:
 
 def _predict(event: dict[str, Any], request_id: str) -> dict[str, Any]:
     """POST /predict."""
-    top_k = _top_k(event)
-    content_type = _content_type(event)
-    picture = _body(event)
-    _check(picture)
-    result = model().predict(picture, content_type, top_k)
-    body = {"predictions": result["predictions"], "model": result.get("model", {}), "request_id": request_id}
-    return answer(200, body, request_id)
+    top_k, threshold = _named(event)
+    result = model().predict(bodies.one_picture(event), top_k, threshold)
+    # An artifact of an earlier version knows no novelty.
+    found = {"predictions": result["predictions"], "novelty": result.get("novelty")}
+    return answer(200, {**found, "model": result.get("model", {}), "request_id": request_id}, request_id)
+
+
+def _predict_batch(event: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """POST /predict/batch."""
+    top_k, threshold = _named(event)
+    result = model().predict_batch(bodies.batch(event), top_k, threshold)
+    return answer(200, {"results": result["results"], "model": result.get("model", {}), "request_id": request_id}, request_id)
+
+
+def _explain(event: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """POST /explain."""
+    content, label, probability = model().explain(bodies.one_picture(event), _query(event, "label").get("label", ""))
+    return picture_answer(content, {"X-Label": quote(label), "X-Probability": f"{probability:.6f}"}, request_id)
 
 
 def _description(_: dict[str, Any], request_id: str) -> dict[str, Any]:
@@ -98,56 +110,38 @@ def _page(_: dict[str, Any], request_id: str) -> dict[str, Any]:
     return raw(200, text, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}, request_id)
 
 
-def _top_k(event: dict[str, Any]) -> int:
-    """How many classes to name, 5 unless asked otherwise."""
-    text = str((event.get("queryStringParameters") or {}).get("top_k", "5"))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1000:
-        raise HttpError(400, "bad_parameter", f"top_k is {text[:20]!r}; expected an integer from 1 to 1000.")
-    return int(text)
+def _query(event: dict[str, Any], *known: str) -> dict[str, str]:
+    """The query's parameters. Raises HttpError 400 for one that there is not: a misspelt one would have no effect."""
+    given = {str(name): str(value) for name, value in (event.get("queryStringParameters") or {}).items()}
+    for name in given:
+        if name not in known:
+            raise HttpError(400, "bad_parameter", f"There is no parameter {name[:20]!r}; there are {', '.join(known)}.")
+    return given
 
 
-def _content_type(event: dict[str, Any]) -> str:
-    """The declared type, if it is a picture's."""
-    headers = {str(name).lower(): str(value) for name, value in (event.get("headers") or {}).items()}
-    declared = headers.get("content-type", "").split(";")[0].strip().lower()
-    if declared not in TYPES:
-        kinds = "image/jpeg, image/png, image/webp, image/bmp or image/tiff"
-        raise HttpError(415, "unsupported_media_type", f"Content-Type is {declared[:60]!r}; expected {kinds}.")
-    return "application/x-image" if declared == "application/octet-stream" else declared
-
-
-def _body(event: dict[str, Any]) -> bytes:
-    """The picture's bytes."""
-    text = event.get("body") or ""
-    if not event.get("isBase64Encoded"):
-        data = text.encode("utf-8", "surrogateescape")
-    elif len(text) > MAX_BYTES * 4 // 3 + 4:
-        raise _too_large(len(text) * 3 // 4)
-    else:
-        try:
-            data = base64.b64decode(text, validate=True)
-        except binascii.Error:
-            raise HttpError(400, "bad_request", "The body arrived damaged; send the picture's bytes as they are.") from None
-    if not data:
-        raise HttpError(422, "not_a_picture", "The body is empty; send the bytes of one picture (curl: --data-binary @file).")
-    if len(data) > MAX_BYTES:
-        raise _too_large(len(data))
-    return data
-
-
-def _too_large(size: int) -> HttpError:
-    """A picture that no Lambda call, or no call of the endpoint, can carry."""
-    limit = MAX_BYTES / 2**20
-    return HttpError(413, "too_large", f"The picture has {size / 2**20:.1f} MB; send at most {limit:.1f} MB: scale it down.")
-
-
-def _check(picture: bytes) -> None:
-    """Refuse from the header what the model would have to decode first."""
+def _named(event: dict[str, Any]) -> tuple[int, float]:
+    """How many classes to name, 5 unless asked otherwise, and the smallest probability that is named."""
+    given = _query(event, "top_k", "threshold")
+    count, least = given.get("top_k", "5"), given.get("threshold", "0")
+    if not (count.isascii() and count.isdigit() and len(count) <= 4 and 1 <= int(count) <= 1000):
+        raise HttpError(400, "bad_parameter", f"top_k is {count[:20]!r}; expected an integer from 1 to 1000.")
     try:
-        header = read_header(picture)
-    except NotAPictureError as error:
-        raise HttpError(422, "not_a_picture", str(error)) from None
-    limit = int(os.environ.get("MAX_MEGAPIXELS", "50"))
-    if header.width * header.height > limit * 1_000_000:
-        size = f"{header.width} x {header.height} pixels"
-        raise HttpError(413, "too_many_pixels", f"The picture is {size}; send at most {limit} megapixels, scaled down.")
+        threshold = float(least)
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold <= 1:
+        raise HttpError(400, "bad_parameter", f"threshold is {least[:20]!r}; expected a number from 0 to 1.")
+    return int(count), threshold
+
+
+def _cross_origin(event: dict[str, Any]) -> dict[str, str]:
+    """Headers that let a page of a configured origin read the answer; none for others."""
+    headers = {str(name).lower(): str(value) for name, value in (event.get("headers") or {}).items()}
+    allowed = [origin for origin in os.environ.get("CORS_ORIGINS", "").split(",") if origin]
+    if not allowed:
+        return {}
+    exposed = "X-Label, X-Probability, X-Request-Id, Retry-After"
+    found = {"Vary": "Origin"}
+    if headers.get("origin") in allowed:
+        found |= {"Access-Control-Allow-Origin": headers["origin"], "Access-Control-Expose-Headers": exposed}
+    return found

@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "lambdas" / "predict"))
 
+import bodies  # noqa: E402
 import handler  # noqa: E402
 import model as model_module  # noqa: E402
 import page as page_module  # noqa: E402
@@ -87,12 +88,12 @@ def test_a_picture_is_answered_with_predictions():
             "Body": picture(),
             "ContentType": "image/png",
             "Accept": "application/json",
-            "CustomAttributes": "top_k=3",
+            "CustomAttributes": "top_k=3,threshold=0",
         }
         stub.add_response("invoke_endpoint", {"Body": body_of(GOOD)}, expected)
         status, body, headers = call(event(query={"top_k": "3"}))
     assert status == 200
-    assert body == {**GOOD, "request_id": "r-1"}
+    assert body == {**GOOD, "novelty": None, "request_id": "r-1"}
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
@@ -105,7 +106,7 @@ def test_a_picture_is_answered_with_predictions():
         (event(b"hello"), 422, "not_a_picture"),
         (event(b"\x89PNG\r\n\x1a\n"), 422, "not_a_picture"),
         (event(b"\xff\xd8\xff\xe0\x00"), 422, "not_a_picture"),
-        (event(b"\0" * (handler.MAX_BYTES + 1)), 413, "too_large"),
+        (event(b"\0" * (bodies.MAX_BYTES + 1)), 413, "too_large"),
         (event(b"\0" * 6_000_000), 413, "too_large"),
         (event(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">II", 20000, 20000)), 413, "too_many_pixels"),
         (event(query={"top_k": "0"}), 400, "bad_parameter"),
@@ -131,7 +132,7 @@ def test_what_no_model_should_see_is_refused_before_it_is_asked(given: dict[str,
         ("ThrottlingException", "slow", 429, "throttled", True),
         ("ServiceUnavailable", "", 503, "unavailable", True),
         ("ModelNotReadyException", "", 503, "model_starting", True),
-        ("AccessDeniedException", "", 502, "model_failed", False),
+        ("AccessDeniedException", "", 502, "endpoint_refused", False),
     ],
 )
 def test_sagemakers_errors_become_http(error: str, message: str, status: int, code: str, waits: bool):
@@ -149,8 +150,10 @@ def test_the_servers_own_errors_pass_through(inner: int, status: int):
     message = json.dumps({"error": {"code": "why", "message": "because"}})
     with runtime() as stub:
         fields = {"OriginalStatusCode": inner, "OriginalMessage": message}
-        stub.add_client_error("invoke_endpoint", "ModelError", modeled_fields=fields)
+        for _ in range(model_module.TRIES if status == 502 else 1):
+            stub.add_client_error("invoke_endpoint", "ModelError", modeled_fields=fields)
         answered, body, _ = call(event())
+        stub.assert_no_pending_responses()
     assert answered == status
     assert body["error"]["message"] == "because"
 
@@ -175,9 +178,9 @@ def test_a_serverless_model_that_is_starting_is_a_503(monkeypatch: pytest.Monkey
 
 
 def test_the_limit_of_a_serverless_endpoint_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(handler, "MAX_BYTES", 4_000_000)
+    monkeypatch.setattr(bodies, "MAX_BYTES", 4_000_000)
     status, body, _ = call(event(b"\0" * 4_100_000))
-    assert (status, body["error"]["message"]) == (413, "The picture has 3.9 MB; send at most 3.8 MB: scale it down.")
+    assert (status, body["error"]["message"]) == (413, "The body has 3.9 MB; send at most 3.8 MB: scale the picture down.")
 
 
 def test_an_unforeseen_fault_is_a_500_without_details(monkeypatch: pytest.MonkeyPatch):
@@ -217,7 +220,7 @@ def test_health_and_description():
     assert call({"httpMethod": "GET", "resource": "/health"})[0] == 200
     status, body, _ = call({"httpMethod": "GET", "resource": "/openapi.json"})
     assert status == 200
-    assert set(body["paths"]) == {"/predict", "/labels", "/health"}
+    assert set(body["paths"]) == {"/predict", "/predict/batch", "/explain", "/labels", "/health", "/openapi.json", "/"}
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else():
@@ -272,4 +275,5 @@ def test_nothing_of_a_picture_or_token_is_logged(caplog: pytest.LogCaptureFixtur
 
 def test_clients_have_time_limits_below_api_gateways():
     client = boto3.client("sagemaker-runtime", config=model_module._RUNTIME)
-    assert client.meta.config.read_timeout + client.meta.config.connect_timeout < 29
+    longest = client.meta.config.read_timeout + client.meta.config.connect_timeout
+    assert model_module.RETRY_WITHIN_S + longest < 27
