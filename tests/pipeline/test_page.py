@@ -85,5 +85,5 @@ def test_a_wrong_token_and_a_file_that_is_no_picture_say_what_to_do(finished, de
     broken.write_bytes(b"not a picture")
     drop(page, broken)
     page.locator("#message", has_text=re.compile("picture", re.IGNORECASE)).wait_for()  # the page's CSP forbids eval
-    assert page.locator("#result").is_hidden()
+    assert page.locator("#answer").is_hidden()
     page.context.close()
