@@ -102,3 +102,27 @@ def accept_on_destroy(scope: IConstruct, *, config: StageConfig) -> None:
     accept(scope, "IAM5", "List calls know no resource; deletions are limited to this stage's names.", ["Resource::*"])
     execution = _ARN.format("states", f"execution:{config.prefix}:*")
     accept(scope, "IAM5", "Executions of exactly this state machine.", [f"Resource::{execution}"])
+
+
+def accept_for_scaling(scopes: list[IConstruct], *, config: StageConfig) -> None:
+    """Who starts and ends the scaling of a real-time endpoint."""
+    target = _ARN.format("application-autoscaling", "scalable-target/*")
+    alarms = _ARN.format("cloudwatch", f"alarm:TargetTracking-endpoint/{config.prefix}/*")
+    service = "arn:<AWS::Partition>:iam::<AWS::AccountId>:role/aws-service-role/sagemaker.application-autoscaling.amazonaws.com/*"
+    for scope in scopes:
+        accept(
+            scope,
+            "IAM5",
+            "A scalable target's id is random; a condition limits the service.",
+            [f"Resource::{target}"],
+        )
+    accept(scopes[0], "IAM5", "Application Auto Scaling names its alarms after the endpoint.", [f"Resource::{alarms}"])
+    accept(scopes[0], "IAM5", "The role that scaling makes for itself, once in an account.", [f"Resource::{service}"])
+    for scope in scopes[2:]:
+        accept(scope, "IAM5", "CloudWatch's metrics know no resource.", ["Resource::*"])
+
+
+def accept_for_waking(api: IConstruct, *, config: StageConfig) -> None:
+    """The API, where it wakes a sleeping endpoint."""
+    executions = _ARN.format("states", f"execution:{config.prefix}:wake-*")
+    accept(api, "IAM5", "Executions that the API itself has named.", [f"Resource::{executions}"])

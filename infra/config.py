@@ -17,6 +17,7 @@ from infra.machines import gpu_count
 Fraction = Annotated[float, Field(ge=0, le=1)]
 InstanceType = Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")]
+Origin = Annotated[str, Field(pattern=r"^https?://[a-z0-9.-]+(:[0-9]{1,5})?$")]
 BucketName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 
 RECIPES = ("head", "finetune", "lp-ft", "scratch")
@@ -111,7 +112,7 @@ class QualityGate(Section):
 class MachineInput(Section):
     """Defaults of the state machine's input: what an execution started with ``{}`` does."""
 
-    action: Literal["train", "deploy"] = "train"
+    action: Literal["train", "deploy", "batch"] = "train"
     source: str = Field(min_length=1)
     """``https://`` archive on an allowed host, ``s3://`` prefix or archive, or a key prefix in the data bucket."""
     recipe: Literal["head", "finetune", "lp-ft", "scratch"] = "head"
@@ -123,6 +124,9 @@ class MachineInput(Section):
     tuning: Tuning = Tuning()
     quality_gate: QualityGate = QualityGate()
     model_package: str = ""
+    """With action deploy: what to deploy. With action batch: what classifies, the serving model when empty."""
+    input: str = ""
+    """With action batch: an ``s3://`` prefix, or a key prefix in the data bucket, with the pictures to classify."""
 
     @model_validator(mode="after")
     def _weights_fit_recipe(self) -> Self:
@@ -178,10 +182,53 @@ class Endpoint(Section):
     memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144] = 2048
     max_concurrency: int = Field(default=5, ge=1, le=200)
     instance_type: InstanceType = "ml.c6i.large"
-    instance_count: int = Field(default=1, ge=1, le=100)
-    """Machines of a real-time endpoint. They run, and are paid for, until the endpoint is deleted: there is no autoscaling yet."""
+    min_instances: int = Field(default=1, ge=1, le=100)
+    """Machines of a real-time endpoint that always run, and are paid for, until the endpoint is deleted."""
+    max_instances: int = Field(default=1, ge=1, le=100)
+    """Machines that target tracking may go up to; equal to ``min_instances`` there is no scaling."""
+    target_invocations_per_minute: int = Field(default=1200, ge=1, le=1_000_000)
+    """Requests a minute and machine that scaling aims at (SageMakerVariantInvocationsPerInstance)."""
+    scale_out_cooldown_s: int = Field(default=60, ge=0, le=3600)
+    scale_in_cooldown_s: int = Field(default=300, ge=0, le=3600)
+    update: Literal["all_at_once", "canary", "rolling"] = "all_at_once"
+    """How a new model takes over on a real-time endpoint: all at once or after a canary on a second fleet (blue/green), or
+    machine by machine (rolling)."""
+    canary_percent: int = Field(default=10, ge=1, le=50)
+    """Share of the new fleet that is tried first (canary), or that is replaced at a time (rolling)."""
+    bake_s: int = Field(default=120, ge=0, le=3600)
+    """How long the alarms are watched before the next step; when one rings, the old model serves on."""
+    max_latency_ms: int = Field(default=1000, ge=1, le=60_000)
+    """p99 of the model's own time above which a new model is taken back."""
+    idle_hours: int = Field(default=0, ge=0, le=720)
+    """A real-time endpoint that nobody has asked for so long is removed, and comes back when somebody asks; 0: never."""
     deadline_s: int = Field(default=1800, ge=60, le=14_400)
     """Longest time to wait for the endpoint to become InService."""
+
+    @property
+    def scales(self) -> bool:
+        """Whether the number of machines follows the load."""
+        return self.mode == "realtime" and self.max_instances > self.min_instances
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether an endpoint that nobody asks is removed."""
+        return self.mode == "realtime" and self.idle_hours > 0
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the machine has an NVIDIA GPU, so that the serving image with torch is needed."""
+        return self.mode == "realtime" and self.instance_type.startswith(("ml.g", "ml.p"))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_instances < self.min_instances:
+            raise ValueError(f"max_instances is {self.max_instances}; expected at least min_instances = {self.min_instances}")
+        if self.mode == "serverless" and self.idle_hours:
+            raise ValueError(f"idle_hours is {self.idle_hours} with mode serverless; expected 0: it costs nothing when idle anyway")
+        if self.update != "all_at_once" and self.mode == "realtime" and self.min_instances < 2:
+            # SageMaker's canary is at most half of the new fleet.
+            raise ValueError(f"update is {self.update} with min_instances 1; expected at least 2 machines, or update all_at_once")
+        return self
 
 
 class Api(Section):
@@ -193,6 +240,8 @@ class Api(Section):
     throttle_burst: int = Field(default=40, ge=1, le=5_000)
     max_megapixels: int = Field(default=50, ge=1, le=500)
     """Pictures with more pixels are refused from their header, before anything is decoded."""
+    cors_origins: Annotated[tuple[Origin, ...], Field(max_length=10)] = ()
+    """Origins of other web pages that may call the API from a browser, such as ``https://www.example.com``."""
 
 
 class StageConfig(Section):
@@ -213,6 +262,8 @@ class StageConfig(Section):
     processing: Jobs = Jobs()
     prepare_instances: int = Field(default=1, ge=1, le=20)
     """Machines that PrepareData shares the pictures over."""
+    batch_instances: int = Field(default=1, ge=1, le=20)
+    """Machines that ``action: batch`` shares the pictures over."""
     tuning_jobs: Jobs = Jobs()
     training: Jobs = Jobs()
     max_trials: int = Field(default=100, ge=1, le=500)

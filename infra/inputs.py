@@ -133,7 +133,7 @@ def _top_level(config: StageConfig) -> list[str]:
     name = "function($value) { $type($value) in ['string', 'number', 'boolean'] }"
     known = _known_hyperparameters()
     return [
-        _one_of("action", "$i.action", ("train", "deploy")),
+        _one_of("action", "$i.action", ("train", "deploy", "batch")),
         _bad("source", "$i.source", _source(config), _source_expectation(config)),
         _one_of("recipe", "$i.recipe", RECIPES),
         _bad(
@@ -169,8 +169,15 @@ def _top_level(config: StageConfig) -> list[str]:
         _bad(
             "model_package",
             "$i.model_package",
-            f"$i.action = 'deploy' ? $contains($text($i.model_package), ':model-package/{config.prefix}/') : true",
-            f"the ARN of a version in the model package group {config.prefix}, because action is deploy",
+            f"$i.action = 'deploy' or ($i.action = 'batch' and $not($i.model_package = '')) ? "
+            f"$contains($text($i.model_package), ':model-package/{config.prefix}/') : true",
+            f"the ARN of a version in the model package group {config.prefix}, because action is deploy or batch",
+        ),
+        _bad(
+            "input",
+            "$i.input",
+            f"$i.action = 'batch' ? {_pictures(config, '$text($i.input)')} : true",
+            "a prefix with pictures for action batch: " + _source_expectation(config, archives=False),
         ),
     ]
 
@@ -182,27 +189,35 @@ def _known_hyperparameters() -> list[str]:
 
 def _source(config: StageConfig) -> str:
     """Whether PrepareData may read the source."""
-    buckets = json.dumps(list(config.source_buckets))
-    uploads = " or ".join(f"$substring($key, 0, {len(start)}) = '{start}'" for start in UPLOADS)
+    hosts = json.dumps(list(config.allowed_hosts))
     return (
-        "($s := $text($i.source); $key := $substringAfter($s, 's3://${DataBucket}/'); "
-        "$s = '' ? false : $contains($s, /^https:/) ? "
-        f"$substringBefore($substringAfter($s, 'https://'), '/') in {json.dumps(list(config.allowed_hosts))} : "
-        "$contains($s, /^s3:/) ? ($contains($s, 's3://${DataBucket}/') ? "
-        f"({uploads}) : $substringBefore($substringAfter($s, 's3://'), '/') in {buckets}) : "
-        f"$contains($s, ':') ? false : ({uploads.replace('$key', '$s')}))"
+        "($contains($text($i.source), /^https:/) ? "
+        f"$substringBefore($substringAfter($i.source, 'https://'), '/') in {hosts} : {_pictures(config, '$text($i.source)')})"
         # With the bucket's name before it, a job's argument has at most 256 characters.
         f" ? $length($i.source) <= ($contains($i.source, ':') ? 256 : {MAX_KEY}) : false"
     )
 
 
-def _source_expectation(config: StageConfig) -> str:
+def _pictures(config: StageConfig, value: str) -> str:
+    """Whether jobs may read pictures at a key of the data bucket or an ``s3://`` address; ``value`` is JSONata source."""
+    buckets = json.dumps(list(config.source_buckets))
+    uploads = " or ".join(f"$substring($key, 0, {len(start)}) = '{start}'" for start in UPLOADS)
+    return (
+        f"($s := {value}; $key := $substringAfter($s, 's3://${{DataBucket}}/'); $s = '' ? false : "
+        "$contains($s, /^s3:/) ? ($contains($s, 's3://${DataBucket}/') ? "
+        f"({uploads}) : $substringBefore($substringAfter($s, 's3://'), '/') in {buckets}) : "
+        f"$contains($s, ':') ? false : ({uploads.replace('$key', '$s')}))"
+    )
+
+
+def _source_expectation(config: StageConfig, *, archives: bool = True) -> str:
     """What a source must look like."""
     hosts = ", ".join(config.allowed_hosts) or "none is configured"
     buckets = "".join(f", s3://{bucket}/…" for bucket in config.source_buckets)
+    archive = f", or an https:// archive on an allowed host ({hosts})" if archives else ""
     return (
-        f"a key prefix or archive in the data bucket that begins with {' or '.join(UPLOADS)}, s3://${{DataBucket}}/incoming/…"
-        f"{buckets}, or an https:// archive on an allowed host ({hosts}); at most {MAX_KEY} characters for a key, 256 with ://"
+        f"a key prefix{' or archive' if archives else ''} in the data bucket that begins with {' or '.join(UPLOADS)}, "
+        f"s3://${{DataBucket}}/incoming/…{buckets}{archive}; at most {MAX_KEY} characters for a key, 256 with ://"
     )
 
 

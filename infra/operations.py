@@ -8,6 +8,8 @@ from aws_cdk import Aws, CustomResource, Duration, RemovalPolicy
 from aws_cdk import aws_apigateway as apigateway
 from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_cloudwatch_actions as actions
+from aws_cdk import aws_events as events
+from aws_cdk import aws_events_targets as targets
 from aws_cdk import aws_iam as iam
 from aws_cdk import aws_kms as kms
 from aws_cdk import aws_sns as sns
@@ -17,7 +19,10 @@ from constructs import Construct
 
 from infra.config import StageConfig
 from infra.functions import Function
+from infra.requests import rollback_alarms
 from infra.roles import sagemaker_arn, sagemaker_arns
+
+IDLE_CHECK_MINUTES = 15
 
 
 class Notifications(Construct):
@@ -78,6 +83,8 @@ class Watch(Construct):
         self._alarm(
             "EndpointErrors", f"{config.prefix}-endpoint-errors", endpoint, 5, topic, "The model's server answers with errors."
         )
+        if config.endpoint.mode == "realtime":
+            self._rollback_alarms(config)
         latency = api.metric_latency(statistic="p99", period=minutes)
         rows = [
             [self._graph("Requests", [api.metric_count(period=minutes)]), self._graph("Latency p99 (ms)", [latency])],
@@ -89,20 +96,44 @@ class Watch(Construct):
         ]
         cloudwatch.Dashboard(self, "Dashboard", dashboard_name=config.prefix, widgets=rows)
 
-    def _endpoint_metric(self, config: StageConfig, name: str, statistic: str) -> cloudwatch.Metric:
+    def _endpoint_metric(self, config: StageConfig, name: str, statistic: str, minutes: int = 5) -> cloudwatch.Metric:
         """A metric of the endpoint; it exists as soon as the state machine has made the endpoint."""
         return cloudwatch.Metric(
             namespace="AWS/SageMaker",
             metric_name=name,
             dimensions_map={"EndpointName": config.prefix, "VariantName": "main"},
             statistic=statistic,
-            period=Duration.minutes(5),
+            period=Duration.minutes(minutes),
         )
 
+    def _rollback_alarms(self, config: StageConfig) -> None:
+        """What SageMaker watches while a new model takes over. They send no message: the execution says what happened."""
+        errors, latency, invalid = rollback_alarms(config)
+        nonsense = cloudwatch.Metric(
+            namespace=metric_namespace(config),
+            metric_name="InvalidAnswers",
+            dimensions_map={"Endpoint": config.prefix},
+            statistic="Sum",
+            period=Duration.minutes(1),
+        )
+        watched = (
+            ("RollbackErrors", errors, self._endpoint_metric(config, "Invocation5XXErrors", "Sum", 1), 1.0, "answers with errors"),
+            (
+                "RollbackLatency",
+                latency,
+                self._endpoint_metric(config, "ModelLatency", "p99", 1),
+                config.endpoint.max_latency_ms * 1000.0,
+                "is slow (µs)",
+            ),
+            ("RollbackInvalid", invalid, nonsense, 1.0, "gives answers that make no sense"),
+        )
+        for construct_id, name, metric, threshold, what in watched:
+            self._alarm(construct_id, name, metric, threshold, None, f"The model's server {what}: a new one is taken back.")
+
     def _alarm(
-        self, construct_id: str, name: str, metric: cloudwatch.IMetric, threshold: float, topic: sns.ITopic, text: str
+        self, construct_id: str, name: str, metric: cloudwatch.IMetric, threshold: float, topic: sns.ITopic | None, text: str
     ) -> None:
-        """An alarm that rings at ``threshold`` in five minutes; no data is good news."""
+        """An alarm that rings at ``threshold`` in the metric's period; no data is good news."""
         alarm = cloudwatch.Alarm(
             self,
             construct_id,
@@ -114,7 +145,8 @@ class Watch(Construct):
             comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
             treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
         )
-        alarm.add_alarm_action(actions.SnsAction(topic))
+        if topic is not None:
+            alarm.add_alarm_action(actions.SnsAction(topic))
 
     def _graph(self, title: str, metrics: list[cloudwatch.IMetric]) -> cloudwatch.GraphWidget:
         """One diagram."""
@@ -138,6 +170,51 @@ def clean_up(scope: Construct, construct_id: str, *, config: StageConfig, folder
     function.allow(["sagemaker:DescribeEndpointConfig", "sagemaker:DeleteEndpointConfig"], configs)
     function.allow(["sagemaker:DeleteModel"], models)
     return function
+
+
+def metric_namespace(config: StageConfig) -> str:
+    """Where the API counts what it thinks of the model's answers."""
+    return f"ImageClassifier/{config.prefix}"
+
+
+class IdleSwitch(Construct):
+    """Removes a real-time endpoint that nobody asks; the API brings it back (lambdas/predict/waking.py)."""
+
+    def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig, folder: Path, machine_arn: str) -> None:
+        super().__init__(scope, construct_id)
+        self.handler = Function(
+            self,
+            "Handler",
+            config=config,
+            code=folder,
+            handler="idle.handle",
+            description=f"Removes the endpoint after {config.endpoint.idle_hours} hours without a request",
+            environment={
+                "ENDPOINT_NAME": config.prefix,
+                "IDLE_HOURS": str(config.endpoint.idle_hours),
+                "STATE_MACHINE_ARN": machine_arn,
+            },
+            timeout_s=60,
+        )
+        endpoint = sagemaker_arn(f"endpoint/{config.prefix}")
+        self.handler.allow(["sagemaker:DescribeEndpoint", "sagemaker:DeleteEndpoint"], [endpoint])
+        self.handler.allow(["states:ListExecutions"], [machine_arn])
+        self.handler.allow(["cloudwatch:GetMetricStatistics"], ["*"])
+        stop_scaling(self.handler)
+        rule = events.Rule(
+            self,
+            "Schedule",
+            description=f"Whether {config.prefix} is asked at all",
+            schedule=events.Schedule.rate(Duration.minutes(IDLE_CHECK_MINUTES)),
+        )
+        rule.add_target(targets.LambdaFunction(self.handler.function, retry_attempts=0))
+
+
+def stop_scaling(function: Function) -> None:
+    """Let a function end the scaling of an endpoint, which its deletion needs."""
+    target = f"arn:{Aws.PARTITION}:application-autoscaling:{Aws.REGION}:{Aws.ACCOUNT_ID}:scalable-target/*"
+    only: dict[str, object] = {"StringEquals": {"application-autoscaling:service-namespace": "sagemaker"}}
+    function.allow(["application-autoscaling:DeregisterScalableTarget"], [target], only)
 
 
 class OnDestroy(Construct):
@@ -175,6 +252,8 @@ class OnDestroy(Construct):
         function.allow(["sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint"], [endpoint])
         function.allow(["sagemaker:DeleteEndpointConfig"], sagemaker_arns(prefix, ["endpoint-config"]))
         function.allow(["sagemaker:DeleteModel"], sagemaker_arns(prefix, ["model"]))
+        if config.endpoint.mode == "realtime":
+            stop_scaling(function)
         function.allow(["states:ListExecutions"], [machine.state_machine_arn])
         execution = f"arn:{Aws.PARTITION}:states:{Aws.REGION}:{Aws.ACCOUNT_ID}:execution:{prefix}:*"
         function.allow(["states:StopExecution"], [execution])

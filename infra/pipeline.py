@@ -29,6 +29,11 @@ BUSY = [
     "SageMaker.ResourceLimitExceededException",
     "SageMaker.ThrottlingException",
 ]
+SCALING_BUSY = [
+    "ApplicationAutoScaling.ApplicationAutoScalingException",
+    "ApplicationAutoScaling.ConcurrentUpdateException",
+    "ApplicationAutoScaling.InternalServiceException",
+]
 LAMBDA_BUSY = [
     "Lambda.ServiceException",
     "Lambda.AWSLambdaException",
@@ -36,7 +41,7 @@ LAMBDA_BUSY = [
     "Lambda.TooManyRequestsException",
 ]
 
-JOB_STATES = ("PrepareData", "CacheFeatures", "Tune", "Train", "Evaluate", "Report")
+JOB_STATES = ("PrepareData", "CacheFeatures", "Tune", "Train", "Evaluate", "Report", "ClassifyBatch")
 
 ADVICE = {
     "PrepareData": "Look at the source and at runs/<run>/prepare/report.json.",
@@ -48,6 +53,8 @@ ADVICE = {
     "Report": "Open the processing job's log in CloudWatch; the trained model is kept in the run's folder.",
     "BuildServer": "Open the build's log in CodeBuild.",
     "Deploy": "The endpoint's FailureReason is above; its log is in CloudWatch under /aws/sagemaker/Endpoints.",
+    "ReadChampion": "No model is deployed yet: start an execution with {}, or name a model_package.",
+    "ClassifyBatch": "Open the processing job's log in CloudWatch.",
     "SmokeTest": "The new model gave wrong answers through the API and was taken back; the previous one serves.",
 }
 MAX_CAPACITY_RETRIES = 3
@@ -69,6 +76,7 @@ def definition(config: StageConfig) -> Json:
             **_evaluation_states(config),
             **_registration_states(config),
             **_deployment_states(config),
+            **_batch_states(config),
             **_restore_states(config),
             **_failure_states(config),
         },
@@ -100,7 +108,7 @@ def _input_states(config: StageConfig) -> Json:
                 "model_name": "",
                 "endpoint_config": "",
                 "previous_config": "",
-                "endpoint": {"status": "Unknown", "config": "", "reason": ""},
+                "endpoint": {"status": "Unknown", "config": "", "reason": "", "instances": 0},
                 "champion": {},
                 "champion_top1": None,
                 "dataset": {"dataset_hash": ""},
@@ -136,7 +144,13 @@ def _input_states(config: StageConfig) -> Json:
         },
         "ChooseAction": {
             "Type": "Choice",
-            "Choices": [{"Condition": ask("$request.action = 'deploy'"), "Next": "ReadPackage"}],
+            "Choices": [
+                {
+                    "Condition": ask("$request.action = 'deploy' or ($request.action = 'batch' and $request.model_package != '')"),
+                    "Next": "ReadPackage",
+                },
+                {"Condition": ask("$request.action = 'batch'"), "Next": "ReadChampion"},
+            ],
             "Default": "PrepareData",
         },
     }
@@ -404,12 +418,12 @@ def _built_image() -> Json:
 
 
 def _package_states() -> Json:
-    """``action: deploy``: the facts come from a model package instead of a run."""
+    """The facts come from a model package instead of a run."""
     read = _task(
         "ReadPackage",
         f"{SDK}:sagemaker:describeModelPackage",
         {"ModelPackageName": ask("$request.model_package")},
-        "CreateModel",
+        "UsePackage",
     )
     facts = "$states.result.CustomerMetadataProperties"
     container = "$states.result.InferenceSpecification.Containers[0]"
@@ -425,7 +439,35 @@ def _package_states() -> Json:
             "image": ask(f"{container}.Image"),
         },
     }
-    return {"ReadPackage": read}
+    use = {
+        "Type": "Choice",
+        "Choices": [{"Condition": ask("$request.action = 'batch'"), "Next": "ClassifyBatch"}],
+        "Default": "CreateModel",
+    }
+    return {"ReadPackage": read, "UsePackage": use}
+
+
+# --- batch -----------------------------------------------------------------------------------------------------------------
+
+
+def _batch_states(config: StageConfig) -> Json:
+    """``action: batch``: the champion, or the package that is named, classifies a whole prefix. Nothing is deployed."""
+    champion = _task("ReadChampion", f"{SDK}:s3:getObject", {"Bucket": "${DataBucket}", "Key": "champion.json"}, "ClassifyBatch")
+    champion["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
+    champion["Assign"] = {"champion": ask("$parse($states.result.Body)")}
+    done = {
+        "run": ask("$run"),
+        "input": ask("$request.input"),
+        "predictions_uri": ask(requests.run_uri("batch/")),
+        "model_package": ask("$champion.model_package"),
+        "test_top1": ask("$champion.top1"),
+    }
+    classify = _job("ClassifyBatch", "createProcessingJob", requests.batch(config), config.processing.wait_s, "BatchDone")
+    return {
+        "ReadChampion": champion,
+        "ClassifyBatch": classify,
+        "BatchDone": {"Type": "Succeed", "Output": done},
+    }
 
 
 # --- deployment ------------------------------------------------------------------------------------------------------------
@@ -453,6 +495,7 @@ def _change_states(config: StageConfig) -> Json:
     """Create or update, never two changes at once: an endpoint in motion is waited for."""
     create = _task("CreateEndpoint", f"{OPTIMIZED}:createEndpoint", requests.create_endpoint(config), "WaitForEndpoint")
     create["Assign"] = {"polls": 0, "previous_config": ""}
+    changed = "StopScaling" if config.endpoint.mode == "realtime" else "UpdateEndpoint"
     update = _task("UpdateEndpoint", f"{OPTIMIZED}:updateEndpoint", requests.update_endpoint(config), "WaitForEndpoint")
     update["Assign"] = {"polls": 0, "previous_config": ask("$endpoint.config")}
     delete = _task("DeleteFailedEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "WaitForOthers")
@@ -465,7 +508,7 @@ def _change_states(config: StageConfig) -> Json:
                 {"Condition": ask("$endpoint.status = 'Missing'"), "Next": "CreateEndpoint"},
                 {
                     "Condition": ask("$endpoint.status in ['InService', 'OutOfService', 'UpdateRollbackFailed']"),
-                    "Next": "UpdateEndpoint",
+                    "Next": changed,
                 },
                 {"Condition": ask(f"$endpoint.status = 'Failed' and {in_time}"), "Next": "DeleteFailedEndpoint"},
                 {"Condition": ask(f"$endpoint.status in {json.dumps(WAITING)} and {in_time}"), "Next": "WaitForOthers"},
@@ -473,10 +516,37 @@ def _change_states(config: StageConfig) -> Json:
             "Default": "DeployFailed",
         },
         "CreateEndpoint": create,
+        **(_stop_scaling_states(config) if config.endpoint.mode == "realtime" else {}),
         "UpdateEndpoint": update,
         "DeleteFailedEndpoint": delete,
         "WaitForOthers": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "FindEndpoint"},
     }
+
+
+def _stop_scaling_states(config: StageConfig) -> Json:
+    """SageMaker refuses an update that changes the machines of a variant that is scaled; afterwards it is scaled again."""
+    stop = _task(
+        "StopScaling", f"{SDK}:applicationautoscaling:deregisterScalableTarget", requests.scalable_target(config), "UpdateEndpoint"
+    )
+    stop["Retry"] = [_retry(SCALING_BUSY)]
+    # Most often: nothing was scaled.
+    stop["Catch"] = [
+        {"ErrorEquals": ["ApplicationAutoScaling.ObjectNotFoundException"], "Next": "UpdateEndpoint"},
+        *_catch("StopScaling"),
+    ]
+    return {"StopScaling": stop}
+
+
+def _scale_states(config: StageConfig) -> Json:
+    """Target tracking on the new machines. Without it a deployment would not be what was asked for, so its failure undoes it."""
+    calls = {"ScaleEndpoint": ("registerScalableTarget", requests.register_target(config), "FollowLoad")}
+    calls["FollowLoad"] = ("putScalingPolicy", requests.scaling_policy(config), "SmokeTest")
+    states = {}
+    for name, (call, request, following) in calls.items():
+        states[name] = _task(name, f"{SDK}:applicationautoscaling:{call}", request, following)
+        states[name]["Retry"] = [_retry(SCALING_BUSY)]
+        states[name]["Catch"] = _catch(name, "HasPrevious")
+    return states
 
 
 def _wait_states(config: StageConfig) -> Json:
@@ -490,12 +560,13 @@ def _wait_states(config: StageConfig) -> Json:
             "Choices": [
                 {
                     "Condition": ask("$endpoint.status = 'InService' and $endpoint.config = $endpoint_config"),
-                    "Next": "SmokeTest",
+                    "Next": "ScaleEndpoint" if config.endpoint.scales else "SmokeTest",
                 },
                 {"Condition": ask(moving), "Next": "WaitForEndpoint"},
             ],
             "Default": "DeployFailed",
         },
+        **(_scale_states(config) if config.endpoint.scales else {}),
         "DeployFailed": {
             "Type": "Pass",
             "Assign": {
@@ -579,18 +650,21 @@ def _describe(config: StageConfig, name: str, following: str) -> Json:
     """DescribeEndpoint into ``$endpoint``. SageMaker answers a missing endpoint with a ValidationException and a sentence."""
     state = _task(name, f"{SDK}:sagemaker:describeEndpoint", {"EndpointName": config.prefix}, following)
     polled = ask("$polls + 1")
+    instances = "$states.result.ProductionVariants[0].DesiredInstanceCount"
     state["Assign"] = {
         "polls": polled,
         "endpoint": {
             "status": ask("$states.result.EndpointStatus"),
             "config": ask("$states.result.EndpointConfigName"),
             "reason": ask("$exists($states.result.FailureReason) ? $states.result.FailureReason : ''"),
+            "instances": ask(f"$exists({instances}) ? {instances} : 0"),
         },
     }
     missing = {
         "status": ask("$contains($states.errorOutput.Cause, 'ould not find') ? 'Missing' : 'Unknown'"),
         "config": "",
         "reason": ask("$states.errorOutput.Cause"),
+        "instances": 0,
     }
     state["Retry"] = [_retry(["SageMaker.ThrottlingException"])]
     state["Catch"] = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra.config import FEATURE_RECIPES, Jobs, StageConfig
+from infra.config import FEATURE_RECIPES, Endpoint, Jobs, StageConfig
 from infra.inputs import GRID_LEARNING_RATES
 
 Json = dict[str, Any]
@@ -189,6 +189,16 @@ def report(config: StageConfig, outcome: str) -> Json:
     return _processing(config, "report", "ReportRole", "report.py", flags, [], outputs)
 
 
+def batch(config: StageConfig) -> Json:
+    """ClassifyBatch: every picture under a prefix, shared over machines by key; Parquet and CSV from each of them."""
+    flags = {"input": f"{INPUT}/pictures", "model": f"{INPUT}/model", "predictions": f"{OUTPUT}/predictions"}
+    pictures = _read("pictures", ask(f"$contains($request.input, ':') ? $request.input : {key_uri('$request.input')}"))
+    pictures["S3Input"]["S3DataDistributionType"] = "ShardedByS3Key"
+    outputs = {"predictions": ("predictions", ask(run_uri("batch")))}
+    inputs = [pictures, _read("model", ask("$champion.model_data_url"))]
+    return _processing(config, "batch", "BatchRole", "batch.py", flags, inputs, outputs)
+
+
 def one_line(text: str) -> str:
     """JSONata source: ``text`` as a container's argument, which holds one line of at most 256 characters."""
     line = rf"$replace({text}, /\s+/, ' ')"
@@ -221,7 +231,7 @@ def _processing(
         },
         "ProcessingResources": {
             "ClusterConfig": {
-                "InstanceCount": config.prepare_instances if kind == "prep" else 1,
+                "InstanceCount": {"prep": config.prepare_instances, "batch": config.batch_instances}.get(kind, 1),
                 "InstanceType": machine.instance_type,
                 "VolumeSizeInGB": machine.volume_gb,
             }
@@ -541,7 +551,7 @@ def endpoint_config(config: StageConfig) -> Json:
     else:
         variant |= {
             "InstanceType": endpoint.instance_type,
-            "InitialInstanceCount": endpoint.instance_count,
+            "InitialInstanceCount": endpoint.min_instances,
             "InitialVariantWeight": 1,
         }
     return {"EndpointConfigName": job_name(config), "ProductionVariants": [variant], "Tags": tags(config)}
@@ -557,16 +567,69 @@ def create_endpoint(config: StageConfig) -> Json:
 
 
 def update_endpoint(config: StageConfig, expression: str = "$endpoint_config") -> Json:
-    """UpdateEndpoint to another configuration; a real-time endpoint goes back by itself when its alarm rings meanwhile."""
+    """UpdateEndpoint to another configuration; a real-time endpoint goes back by itself when one of its alarms rings meanwhile."""
     request: Json = {"EndpointName": config.prefix, "EndpointConfigName": ask(expression)}
     if config.endpoint.mode == "realtime":
         request["DeploymentConfig"] = {
-            "BlueGreenUpdatePolicy": {
-                "TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 120},
-                "TerminationWaitInSeconds": 60,
-                # Our own deadline may be shorter than what SageMaker accepts here.
-                "MaximumExecutionTimeoutInSeconds": max(600, config.endpoint.deadline_s),
-            },
-            "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": f"{config.prefix}-endpoint-errors"}]},
+            **_shifting(config.endpoint),
+            "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": name} for name in rollback_alarms(config)]},
         }
+        # As many machines as scaling has made of the old ones; a serverless variant has none to retain.
+        request["RetainAllVariantProperties"] = ask("$endpoint.instances > 0")
     return request
+
+
+def _shifting(endpoint: Endpoint) -> Json:
+    """How traffic goes over to the new model."""
+    # Our own deadline may be shorter than what SageMaker accepts here.
+    limit_s = max(600, endpoint.deadline_s)
+    share = {"Type": "CAPACITY_PERCENT", "Value": endpoint.canary_percent}
+    if endpoint.update == "rolling":
+        rolling = {"MaximumBatchSize": share, "WaitIntervalInSeconds": endpoint.bake_s}
+        return {"RollingUpdatePolicy": {**rolling, "MaximumExecutionTimeoutInSeconds": limit_s}}
+    routing: Json = {"Type": endpoint.update.upper(), "WaitIntervalInSeconds": endpoint.bake_s}
+    if endpoint.update == "canary":
+        routing["CanarySize"] = share
+    return {
+        "BlueGreenUpdatePolicy": {
+            "TrafficRoutingConfiguration": routing,
+            "TerminationWaitInSeconds": 60,
+            "MaximumExecutionTimeoutInSeconds": limit_s,
+        }
+    }
+
+
+def rollback_alarms(config: StageConfig) -> list[str]:
+    """Names of the alarms that take a new model back: errors, slowness, answers that make no sense."""
+    return [f"{config.prefix}-rollback-{what}" for what in ("errors", "latency", "invalid")]
+
+
+def scalable_target(config: StageConfig) -> Json:
+    """What Application Auto Scaling calls the endpoint's machines."""
+    return {
+        "ServiceNamespace": "sagemaker",
+        "ResourceId": f"endpoint/{config.prefix}/variant/main",
+        "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
+    }
+
+
+def register_target(config: StageConfig) -> Json:
+    """RegisterScalableTarget: how few and how many machines there may be."""
+    endpoint = config.endpoint
+    return {**scalable_target(config), "MinCapacity": endpoint.min_instances, "MaxCapacity": endpoint.max_instances}
+
+
+def scaling_policy(config: StageConfig) -> Json:
+    """PutScalingPolicy: so many machines that each gets about the configured number of requests a minute."""
+    endpoint = config.endpoint
+    return {
+        **scalable_target(config),
+        "PolicyName": f"{config.prefix}-invocations",
+        "PolicyType": "TargetTrackingScaling",
+        "TargetTrackingScalingPolicyConfiguration": {
+            "TargetValue": endpoint.target_invocations_per_minute,
+            "PredefinedMetricSpecification": {"PredefinedMetricType": "SageMakerVariantInvocationsPerInstance"},
+            "ScaleOutCooldown": endpoint.scale_out_cooldown_s,
+            "ScaleInCooldown": endpoint.scale_in_cooldown_s,
+        },
+    }

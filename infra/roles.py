@@ -12,8 +12,9 @@ from constructs import Construct
 
 from infra import images
 from infra.config import StageConfig
+from infra.requests import rollback_alarms
 
-ROLES = ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole")
+ROLES = ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole", "BatchRole")
 
 READS: dict[str, tuple[str, ...]] = {
     "PrepareRole": ("incoming/*", "datasets/*", "runs/*/prepare-parts/*"),
@@ -21,6 +22,7 @@ READS: dict[str, tuple[str, ...]] = {
     "TrainingRole": ("datasets/*", "incoming/*", "pretrained/*", "runs/*/features/*", "runs/*/checkpoints/*"),
     "EvaluateRole": ("datasets/*", "runs/*/training/*", "models/*", "champion.json"),
     "ReportRole": ("runs/*",),
+    "BatchRole": ("incoming/*", "pretrained/*", "models/*"),
 }
 """Keys of the data bucket that each kind of job reads."""
 
@@ -37,6 +39,7 @@ WRITES: dict[str, tuple[str, ...]] = {
     ),
     "EvaluateRole": ("runs/*/evaluation/*", "models/*"),
     "ReportRole": ("runs/*/report/*", "runs/*/rule-output/*"),
+    "BatchRole": ("runs/*/batch/*",),
 }
 """Keys of the data bucket that each kind of job writes."""
 
@@ -98,7 +101,9 @@ class JobRoles(Construct):
         super().__init__(scope, construct_id)
         self.roles = {name: self._job_role(name, bucket, code) for name in ROLES}
         for source in config.source_buckets:
-            read_keys(self.roles["PrepareRole"], s3.Bucket.from_bucket_name(self, f"Source-{source}", source), ("*",))
+            theirs = s3.Bucket.from_bucket_name(self, f"Source-{source}", source)
+            for name in ("PrepareRole", "BatchRole"):
+                read_keys(self.roles[name], theirs, ("*",))
         # What the run's jobs took and how they ended.
         for kind, actions in REPORTED.items():
             allow(self.roles["ReportRole"], [f"sagemaker:{action}" for action in actions], sagemaker_arns(config.prefix, [kind]))
@@ -205,8 +210,10 @@ def grant_orchestration(role: iam.Role, *, config: StageConfig, bucket: s3.IBuck
         ["events:PutTargets", "events:PutRule", "events:DescribeRule"],
         [f"arn:{Aws.PARTITION}:events:{Aws.REGION}:{Aws.ACCOUNT_ID}:rule/{name}" for name in names],
     )
-    read_keys(role, bucket, ("runs/*/prepare/result.json", "runs/*/evaluation/summary.json"))
+    read_keys(role, bucket, ("runs/*/prepare/result.json", "runs/*/evaluation/summary.json", "champion.json"))
     write_keys(role, bucket, ("champion.json",))
+    if config.endpoint.mode == "realtime":
+        _grant_scaling(role, config)
 
 
 def _grant_serving_changes(role: iam.Role, prefix: str) -> None:
@@ -219,3 +226,25 @@ def _grant_serving_changes(role: iam.Role, prefix: str) -> None:
     allow(role, ["sagemaker:DescribeEndpoint", "sagemaker:DeleteEndpoint"], [endpoint])
     allow(role, ["sagemaker:CreateEndpoint", "sagemaker:UpdateEndpoint"], [endpoint, *configs])
     allow(role, ["sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage"], packages)
+
+
+def _grant_scaling(role: iam.Role, config: StageConfig) -> None:
+    """Rollback alarms while an update goes on, and target tracking afterwards.
+
+    Application Auto Scaling makes its alarms and asks for the endpoint with its caller's rights, and the first time in an account
+    its own role: https://docs.aws.amazon.com/autoscaling/application/userguide/security_iam_id-based-policy-examples.html
+    """
+    alarm = f"arn:{Aws.PARTITION}:cloudwatch:{Aws.REGION}:{Aws.ACCOUNT_ID}:alarm"
+    allow(role, ["cloudwatch:DescribeAlarms"], [f"{alarm}:{name}" for name in rollback_alarms(config)])
+    target = f"arn:{Aws.PARTITION}:application-autoscaling:{Aws.REGION}:{Aws.ACCOUNT_ID}:scalable-target/*"
+    only = {"StringEquals": {"application-autoscaling:service-namespace": "sagemaker"}}
+    allow(role, ["application-autoscaling:DeregisterScalableTarget"], [target], only)
+    if not config.endpoint.scales:
+        return
+    allow(role, ["application-autoscaling:RegisterScalableTarget", "application-autoscaling:PutScalingPolicy"], [target], only)
+    tracking = f"{alarm}:TargetTracking-endpoint/{config.prefix}/*"
+    allow(role, ["cloudwatch:PutMetricAlarm", "cloudwatch:DescribeAlarms", "cloudwatch:DeleteAlarms"], [tracking])
+    allow(role, ["sagemaker:UpdateEndpointWeightsAndCapacities"], [sagemaker_arn(f"endpoint/{config.prefix}")])
+    service = "sagemaker.application-autoscaling.amazonaws.com"
+    linked = f"arn:{Aws.PARTITION}:iam::{Aws.ACCOUNT_ID}:role/aws-service-role/{service}/*"
+    allow(role, ["iam:CreateServiceLinkedRole"], [linked], {"StringLike": {"iam:AWSServiceName": service}})

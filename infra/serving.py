@@ -18,10 +18,12 @@ from constructs import Construct
 from infra import code
 from infra.config import StageConfig
 from infra.functions import Function, log_group
+from infra.operations import metric_namespace
 
 # Without these, API Gateway decodes uploads as text and corrupts them. Listed one by one beside the wildcard, so that nothing
 # depends on how a wildcard is matched.
 BINARY_TYPES = [
+    "multipart/form-data",
     "image/*",
     "image/jpeg",
     "image/jpg",
@@ -36,7 +38,7 @@ BINARY_TYPES = [
 
 _Error = tuple[str, apigateway.ResponseType, str, str, str, dict[str, str]]
 
-_ADDRESSES = "Use POST /predict, GET /labels, GET /health, GET /openapi.json or GET /."
+_ADDRESSES = "Use POST /predict, POST /predict/batch, POST /explain, GET /labels, GET /health, GET /openapi.json or GET /."
 # With IAM, API Gateway gives the same answer to an unknown address and to a call without a signature.
 _NO_SUCH: _Error = (
     "MissingToken",
@@ -77,7 +79,7 @@ _ERRORS: tuple[_Error, ...] = (
         apigateway.ResponseType.UNSUPPORTED_MEDIA_TYPE,
         "415",
         "unsupported_media_type",
-        "Send the bytes of one picture with Content-Type image/jpeg, image/png, image/webp, image/bmp or image/tiff.",
+        "Send a picture with Content-Type image/jpeg, image/png, image/webp, image/bmp or image/tiff, or JSON.",
         {},
     ),
     (
@@ -157,11 +159,12 @@ class ServerImage(Construct):
 
 
 class PredictApi(Construct):
-    """POST /predict and GET /labels behind a token (or IAM); GET /, /health and /openapi.json open."""
+    """The POSTs and GET /labels behind a token (or IAM); GET /, /health and /openapi.json open."""
 
-    def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig, bucket: s3.IBucket) -> None:
+    def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig, bucket: s3.IBucket, machine_arn: str) -> None:
         super().__init__(scope, construct_id)
         self.config = config
+        self.machine_arn = machine_arn
         self.secret = self._secret() if config.api.auth == "token" else None
         self.predict = self._predict(bucket)
         self.api = self._rest_api()
@@ -172,7 +175,18 @@ class PredictApi(Construct):
         self.api.root.add_resource("health").add_method("GET", integration)
         self.api.root.add_resource("openapi.json").add_method("GET", integration)
         self.api.root.add_resource("labels").add_method("GET", integration, **closed)
-        self.api.root.add_resource("predict").add_method("POST", integration, **closed)
+        predict = self.api.root.add_resource("predict")
+        asked = [predict, predict.add_resource("batch"), self.api.root.add_resource("explain")]
+        for resource in asked:
+            resource.add_method("POST", integration, **closed)
+            if config.api.cors_origins:
+                # Browsers ask first, without a token. The Lambda names the one origin that it was asked from.
+                resource.add_cors_preflight(
+                    allow_origins=list(config.api.cors_origins),
+                    allow_methods=["POST"],
+                    allow_headers=["Authorization", "Content-Type", "Accept"],
+                    max_age=Duration.hours(1),
+                )
         self._gateway_responses()
 
     @property
@@ -214,6 +228,10 @@ class PredictApi(Construct):
                 "ENDPOINT_NAME": self.config.prefix,
                 "DATA_BUCKET": bucket.bucket_name,
                 "STATE_MACHINE_NAME": self.config.prefix,
+                "STATE_MACHINE_ARN": self.machine_arn,
+                "WAKES": "true" if self.config.endpoint.sleeps else "false",
+                "CORS_ORIGINS": ",".join(self.config.api.cors_origins),
+                "METRIC_NAMESPACE": metric_namespace(self.config),
                 "MAX_MEGAPIXELS": str(self.config.api.max_megapixels),
                 **self._endpoint_limits(),
                 "AUTH": self.config.api.auth,
@@ -292,6 +310,10 @@ class PredictApi(Construct):
             results_cache_ttl=Duration.seconds(30),
         )
 
+    def _readable_elsewhere(self) -> dict[str, str]:
+        """Lets pages of other origins read API Gateway's own errors, which name no secret; it cannot tell origins apart."""
+        return {"Access-Control-Allow-Origin": "'*'"} if self.config.api.cors_origins else {}
+
     def _gateway_responses(self) -> None:
         """API Gateway's own errors in the envelope of all others."""
         signed = self.config.api.auth == "iam"
@@ -301,7 +323,7 @@ class PredictApi(Construct):
                 name,
                 type=kind,
                 status_code=status or None,
-                response_headers={**headers, "Cache-Control": "'no-store'"},
+                response_headers={**headers, "Cache-Control": "'no-store'", **self._readable_elsewhere()},
                 templates={
                     "application/json": f'{{"error": {{"code": "{error}", "message": {text}}}, "request_id": "$context.requestId"}}'
                 },

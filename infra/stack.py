@@ -12,7 +12,7 @@ from constructs import Construct
 from infra import acknowledgements, code
 from infra.config import StageConfig
 from infra.functions import Function
-from infra.operations import Notifications, OnDestroy, Watch, clean_up
+from infra.operations import IdleSwitch, Notifications, OnDestroy, Watch, clean_up
 from infra.pipeline import Pipeline
 from infra.roles import JobRoles, allow, debugger_image, grant_orchestration, read_keys, service_role, training_image
 from infra.serving import PredictApi, ServerImage, smoke_test
@@ -41,7 +41,9 @@ class ImageClassifier(Stack):
         build_role = service_role(self, "BuildRole", "codebuild.amazonaws.com", "Builds the serving image")
         server = ServerImage(self, "Server", config=config, role=build_role)
         notifications = Notifications(self, "Notifications", config=config)
-        predict = PredictApi(self, "Predict", config=config, bucket=data)
+        # By name, not by reference: the state machine knows the API's address, and the API the state machine's.
+        machine_arn = f"arn:{Aws.PARTITION}:states:{Aws.REGION}:{Aws.ACCOUNT_ID}:stateMachine:{config.prefix}"
+        predict = PredictApi(self, "Predict", config=config, bucket=data, machine_arn=machine_arn)
         smoke = smoke_test(self, "SmokeTest", config=config, url=predict.url, secret=predict.secret, folder=deploy_folder)
         cleaner = clean_up(self, "CleanUp", config=config, folder=deploy_folder)
         machine_role = service_role(self, "StateMachineRole", "states.amazonaws.com", "Runs the pipeline")
@@ -74,6 +76,9 @@ class ImageClassifier(Stack):
         Watch(self, "Watch", config=config, api=predict.api, machine=machine, topic=notifications.topic)
         on_destroy = OnDestroy(self, "OnDestroy", config=config, folder=deploy_folder, machine=machine)
         on_destroy.resource.node.add_dependency(packages)
+        idle = None
+        if config.endpoint.sleeps:
+            idle = IdleSwitch(self, "IdleSwitch", config=config, folder=deploy_folder, machine_arn=machine_arn)
 
         # Who may do what with whom.
         roles = [role.role_arn for role in [*jobs.roles.values(), jobs.endpoint]]
@@ -89,13 +94,13 @@ class ImageClassifier(Stack):
         smoke.function.grant_invoke(machine_role)
         cleaner.function.grant_invoke(machine_role)
         notifications.topic.grant_publish(machine_role)
-        if config.endpoint.mode == "realtime":
-            alarms = f"arn:{Aws.PARTITION}:cloudwatch:{Aws.REGION}:{Aws.ACCOUNT_ID}:alarm:{config.prefix}-endpoint-errors"
-            allow(machine_role, ["cloudwatch:DescribeAlarms"], [alarms])
         server.repository.grant_pull(jobs.endpoint)
         endpoint = f"arn:{Aws.PARTITION}:sagemaker:{Aws.REGION}:{Aws.ACCOUNT_ID}:endpoint/{config.prefix}"
         predict.predict.allow(["sagemaker:InvokeEndpoint"], [endpoint])
         read_keys(predict.predict.role, data, ("champion.json", "models/*/labels.json"))
+        if config.endpoint.sleeps:
+            predict.predict.allow(["states:StartExecution"], [machine_arn])
+            predict.predict.allow(["states:DescribeExecution"], [f"{machine_arn.replace(':stateMachine:', ':execution:')}:wake-*"])
         read_keys(smoke.role, data, ("models/*/smoke/*",))
         if config.api.auth == "iam":
             smoke.allow(["execute-api:Invoke"], [predict.api.arn_for_execute_api("POST", "/predict", config.stage)])
@@ -109,7 +114,7 @@ class ImageClassifier(Stack):
         }
         for name, value in outputs.items():
             CfnOutput(self, name, value=value)
-        self._accept_findings(config, data, jobs, machine_role, build_role, server, predict, on_destroy, [smoke, cleaner])
+        self._accept_findings(config, data, jobs, machine_role, build_role, server, predict, on_destroy, [smoke, cleaner], idle)
 
     def _accept_findings(
         self,
@@ -122,6 +127,7 @@ class ImageClassifier(Stack):
         predict: PredictApi,
         on_destroy: OnDestroy,
         called: list[Function],
+        idle: IdleSwitch | None,
     ) -> None:
         """cdk-nag's findings that we accept; the reasons are in ``acknowledgements``."""
         acknowledgements.accept_in_stack(self, config=config, data=data)
@@ -131,6 +137,9 @@ class ImageClassifier(Stack):
         acknowledgements.accept_for_server(server.project)
         acknowledgements.accept_for_api(predict)
         acknowledgements.accept_on_destroy(on_destroy, config=config)
+        acknowledgements.accept_for_scaling([machine_role, on_destroy, *([idle] if idle else [])], config=config)
+        if config.endpoint.sleeps:
+            acknowledgements.accept_for_waking(predict, config=config)
 
     def _id(self, construct: Construct) -> str:
         """The name of a construct's resource in the template."""

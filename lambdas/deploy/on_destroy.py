@@ -71,6 +71,7 @@ def delete_endpoint(client: Any, name: str, deadline: float) -> None:
         try:
             status = client.describe_endpoint(EndpointName=name)["EndpointStatus"]
             if status not in {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}:
+                # Where its machines are scaled SageMaker ends that itself, with this role's right to do so.
                 client.delete_endpoint(EndpointName=name)
         except ClientError as error:
             if is_missing(error):

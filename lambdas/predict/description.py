@@ -54,6 +54,7 @@ _PROBLEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "400": ("A parameter or the form of the body is wrong", {}),
     "401": ("Token missing or wrong", {}),
     "403": ("Not allowed", {}),
+    "406": ("The answer is a picture; send Accept: image/png", {}),
     "413": ("Picture too large, or too many", {}),
     "415": ("Not a supported Content-Type", {}),
     "422": ("Not decodable as a picture, or a class that the model does not know", {}),

@@ -95,6 +95,9 @@ def _predict_batch(event: dict[str, Any], request_id: str) -> dict[str, Any]:
 
 def _explain(event: dict[str, Any], request_id: str) -> dict[str, Any]:
     """POST /explain."""
+    if not _accepts_png(event):
+        # API Gateway turns the answer into bytes only for who asks for a picture first.
+        raise HttpError(406, "not_acceptable", "The answer is a picture; send the header 'Accept: image/png'.")
     content, label, probability = model().explain(bodies.one_picture(event), _query(event, "label").get("label", ""))
     return picture_answer(content, {"X-Label": quote(label), "X-Probability": f"{probability:.6f}"}, request_id)
 
@@ -108,6 +111,11 @@ def _page(_: dict[str, Any], request_id: str) -> dict[str, Any]:
     """GET /."""
     text, policy = page()
     return raw(200, text, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}, request_id)
+
+
+def _accepts_png(event: dict[str, Any]) -> bool:
+    headers = {str(name).lower(): str(value) for name, value in (event.get("headers") or {}).items()}
+    return headers.get("accept", "").split(",")[0].split(";")[0].strip().lower() in ("image/png", "image/*")
 
 
 def _query(event: dict[str, Any], *known: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from local_cloud.interpreter import QueryError, evaluate_jsonata
 
 ROOT_CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
 BUCKET = "data-bucket"
+PACKAGE = "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/7"
 VALUES = {
     "DataBucket": BUCKET,
     "CodeUri": "s3://assets/abc.tar.gz",
@@ -40,7 +41,7 @@ VALUES = {
     "CleanUpFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:clean",
     **{
         f"{name}Arn": f"arn:aws:iam::000000000000:role/{name}"
-        for name in ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole", "EndpointRole")
+        for name in ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole", "BatchRole", "EndpointRole")
     },
 }
 
@@ -173,7 +174,11 @@ class Account:
     def on_prepare_data(self, request: dict[str, Any]) -> Any:
         return {"ProcessingJobName": request["ProcessingJobName"]}
 
-    on_cache_features = on_evaluate = on_report = on_report_failure = on_prepare_data
+    on_cache_features = on_evaluate = on_report = on_report_failure = on_classify_batch = on_prepare_data
+
+    def on_read_champion(self, request: dict[str, Any]) -> Any:
+        champion = {"model_package": PACKAGE, "model_data_url": f"s3://{BUCKET}/models/old/model.tar.gz", "top1": 0.9}
+        return {"Body": json.dumps(champion)}
 
     def on_read_prepared(self, request: dict[str, Any]) -> Any:
         result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_classes": 10}
@@ -586,9 +591,9 @@ OPERATIONS = {
 }
 
 
-def _problems(operation: str, request: Any) -> list[str]:
-    """Wrong names, types and patterns, by botocore's model of SageMaker."""
-    model = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation)
+def _problems(operation: str, request: Any, service: str = "sagemaker") -> list[str]:
+    """Wrong names, types and patterns, by botocore's model of the service."""
+    model = botocore.session.get_session().get_service_model(service).operation_model(operation)
     report = ParamValidator().validate(request, model.input_shape)
     return [report.generate_report()] if report.has_errors() else []
 
@@ -723,7 +728,7 @@ def test_spot_waits_longer_than_it_runs():
         ({"colour": "red"}, "colour is unknown; expected one of action, source,"),
         ({"tuning": {"max_job": 3}}, "tuning.max_job is unknown"),
         ({"quality_gate": {"top1": 1}}, "quality_gate.top1 is unknown"),
-        ({"action": "fly"}, "action is fly; expected one of train, deploy."),
+        ({"action": "fly"}, "action is fly; expected one of train, deploy, batch."),
         ({"recipe": "soup"}, "recipe is soup; expected one of head, finetune, lp-ft, scratch."),
         ({"image_size": 7}, "image_size is 7; expected an integer from 16 to 1024."),
         ({"image_size": "224"}, "image_size is 224; expected an integer"),
@@ -1150,3 +1155,122 @@ def test_every_state_can_be_reached(stage: str):
     for name in machine["States"]:
         assert name == machine["StartAt"] or f'"{name}"' in text.replace(f'"{name}": {{', ""), name
     assert hashlib.sha256(text.encode()).hexdigest() == hashlib.sha256(json.dumps(definition(config(stage))).encode()).hexdigest()
+
+
+# --- a real-time endpoint --------------------------------------------------------------------------------------------------
+
+REALTIME = {"mode": "realtime", "min_instances": 2, "max_instances": 4, "update": "canary", "canary_percent": 50, "bake_s": 60}
+
+
+def test_a_new_model_takes_over_behind_alarms_and_is_scaled_again():
+    account = Account()
+    account.endpoint = {
+        "EndpointStatus": "InService",
+        "EndpointConfigName": "dogs-dev-old",
+        "ProductionVariants": [{"VariantName": "main", "DesiredInstanceCount": 3}],
+    }
+    machine, last, _ = walk({}, account=account, endpoint=REALTIME)
+    assert last == "Done"
+    order = [
+        name for name in machine.visited if name in ("StopScaling", "UpdateEndpoint", "ScaleEndpoint", "FollowLoad", "SmokeTest")
+    ]
+    assert order == ["StopScaling", "UpdateEndpoint", "ScaleEndpoint", "FollowLoad", "SmokeTest"]
+    update = machine.requests["UpdateEndpoint"]
+    routing = update["DeploymentConfig"]["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
+    assert routing == {
+        "Type": "CANARY",
+        "WaitIntervalInSeconds": 60,
+        "CanarySize": {"Type": "CAPACITY_PERCENT", "Value": 50},
+    }
+    alarms = [alarm["AlarmName"] for alarm in update["DeploymentConfig"]["AutoRollbackConfiguration"]["Alarms"]]
+    assert alarms == ["dogs-dev-rollback-errors", "dogs-dev-rollback-latency", "dogs-dev-rollback-invalid"]
+    assert update["RetainAllVariantProperties"] is True  # three machines, as the load had made them
+    assert machine.requests["ScaleEndpoint"]["ResourceId"] == "endpoint/dogs-dev/variant/main"
+    assert (machine.requests["ScaleEndpoint"]["MinCapacity"], machine.requests["ScaleEndpoint"]["MaxCapacity"]) == (2, 4)
+    for name, service in (("StopScaling", "DeregisterScalableTarget"), ("ScaleEndpoint", "RegisterScalableTarget")):
+        assert _problems(service, machine.requests[name], "application-autoscaling") == []
+    assert _problems("PutScalingPolicy", machine.requests["FollowLoad"], "application-autoscaling") == []
+    assert _problems("UpdateEndpoint", update) == []
+
+
+def test_an_endpoint_that_was_not_scaled_is_updated_all_the_same():
+    missing = TaskError("ApplicationAutoScaling.ObjectNotFoundException", "No scalable target registered")
+    account = Account(StopScaling=missing)
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    machine, last, _ = walk({}, account=account, endpoint=REALTIME)
+    assert last == "Done"
+    assert machine.requests["UpdateEndpoint"]["RetainAllVariantProperties"] is False
+
+
+def test_a_rolling_update_replaces_a_share_of_the_machines():
+    account = Account()
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    machine, _, _ = walk({}, account=account, endpoint={**REALTIME, "update": "rolling"})
+    update = machine.requests["UpdateEndpoint"]
+    assert update["DeploymentConfig"]["RollingUpdatePolicy"]["MaximumBatchSize"] == {"Type": "CAPACITY_PERCENT", "Value": 50}
+    assert _problems("UpdateEndpoint", update) == []
+
+
+def test_a_model_that_sagemaker_took_back_is_a_failure_and_the_champion_stays():
+    account = Account()
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    back = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old", "FailureReason": "Alarm dogs-dev-rollback-errors"}
+    account.faults["CheckEndpoint"] = [{"EndpointStatus": "Updating", "EndpointConfigName": "dogs-dev-old"}, back]
+    machine, last, cause = walk({}, account=account, endpoint=REALTIME)
+    assert last == "Failed"
+    assert "dogs-dev-rollback-errors" in str(cause)
+    assert "WriteChampion" not in machine.visited
+    assert "RestorePrevious" not in machine.visited  # it serves already
+
+
+def test_without_scaling_a_deployment_is_not_what_was_asked_for():
+    account = Account(FollowLoad=TaskError("ApplicationAutoScaling.LimitExceededException", "too many policies"))
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    machine, last, cause = walk({}, account=account, endpoint=REALTIME)
+    assert last == "Failed"
+    assert "too many policies" in str(cause)
+    assert machine.requests["RestorePrevious"]["EndpointConfigName"] == "dogs-dev-old"
+
+
+# --- batch -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_classified_by_the_champion_and_nothing_is_deployed():
+    machine, last, output = walk({"action": "batch", "input": "incoming/new/"}, batch_instances=3)
+    assert last == "BatchDone"
+    assert output["predictions_uri"] == f"s3://{BUCKET}/runs/run-1/batch/"
+    request = machine.requests["ClassifyBatch"]
+    inputs = {one["InputName"]: one["S3Input"] for one in request["ProcessingInputs"]}
+    assert inputs["pictures"]["S3Uri"] == f"s3://{BUCKET}/incoming/new/"
+    assert inputs["pictures"]["S3DataDistributionType"] == "ShardedByS3Key"
+    assert inputs["model"]["S3Uri"] == f"s3://{BUCKET}/models/old/model.tar.gz"
+    assert request["ProcessingResources"]["ClusterConfig"]["InstanceCount"] == 3
+    assert not {"CreateModel", "UpdateEndpoint", "WriteChampion"} & set(machine.visited)
+    assert _problems("CreateProcessingJob", request) == []
+
+
+def test_a_named_package_classifies_instead():
+    package = {
+        "ModelPackageArn": PACKAGE,
+        "InferenceSpecification": {"Containers": [{"ModelDataUrl": f"s3://{BUCKET}/models/x/model.tar.gz", "Image": "i"}]},
+        "CustomerMetadataProperties": {"labels_uri": "l", "smoke_uri": "s", "run": "x", "top1": "0.8", "dataset_hash": "h"},
+    }
+    given = {"action": "batch", "input": f"s3://{BUCKET}/incoming/new/", "model_package": PACKAGE}
+    machine, last, output = walk(given, account=Account(ReadPackage=package))
+    assert (last, output["test_top1"]) == ("BatchDone", 0.8)
+    assert "ReadChampion" not in machine.visited
+
+
+def test_batch_before_any_model_says_what_to_do():
+    _, last, cause = walk(
+        {"action": "batch", "input": "incoming/new/"}, account=Account(ReadChampion=TaskError("S3.NoSuchKeyException", "no key"))
+    )
+    assert last == "Failed"
+    assert "No model is deployed yet" in str(cause)
+
+
+@pytest.mark.parametrize("given", ["", "datasets/x/", "s3://foreign/x/", "https://example.com/x.zip", 3])
+def test_batch_reads_only_where_pictures_are_put(given: Any):
+    _, last, cause = walk({"action": "batch", "input": given})
+    assert last == "InvalidInput"
+    assert "input is" in str(cause)

@@ -33,6 +33,10 @@ VARIANTS: dict[str, dict[str, str]] = {
         "stage": "dev",
         "override": json.dumps({"api": {"auth": "iam"}, "serving_image_uri": OWN_IMAGE, "managed_debugger": True}),
     },
+    "idle": {
+        "stage": "prod",
+        "override": json.dumps({"endpoint": {"idle_hours": 2}, "api": {"cors_origins": ["https://www.example.com"]}}),
+    },
 }
 
 
@@ -170,7 +174,12 @@ def test_pictures_are_binary_and_only_the_page_is_open(templates: dict[str, Any]
     (api,) = of_type(templates[stage], "AWS::ApiGateway::RestApi").values()
     assert {"image/*", "image/jpeg", "image/png", "application/x-image"} <= set(api["Properties"]["BinaryMediaTypes"])
     methods = [item["Properties"] for item in of_type(templates[stage], "AWS::ApiGateway::Method").values()]
-    assert sorted(method["HttpMethod"] for method in methods if method["AuthorizationType"] == "CUSTOM") == ["GET", "POST"]
+    assert sorted(method["HttpMethod"] for method in methods if method["AuthorizationType"] == "CUSTOM") == [
+        "GET",
+        "POST",
+        "POST",
+        "POST",
+    ]
     assert all(method["HttpMethod"] == "GET" for method in methods if method["AuthorizationType"] == "NONE")
     responses = of_type(templates[stage], "AWS::ApiGateway::GatewayResponse").values()
     kinds = {item["Properties"]["ResponseType"] for item in responses}
@@ -323,3 +332,61 @@ def test_the_managed_debugger_brings_its_image_and_its_rights(templates: dict[st
     assert "repository/sagemaker-debugger-rules" in text
     assert "managed" not in json.dumps(policy_of(templates["dev"], "TrainingRole"))
     assert "DebuggerRules" not in templates["dev"]["Mappings"]
+
+
+def environment(template: dict[str, Any], handler: str) -> dict[str, Any]:
+    """The environment of the Lambda with this handler."""
+    (found,) = [f for f in of_type(template, "AWS::Lambda::Function").values() if f["Properties"]["Handler"] == handler]
+    return dict(found["Properties"]["Environment"]["Variables"])
+
+
+def test_a_real_time_endpoint_has_the_alarms_that_its_updates_name(templates: dict[str, Any]):
+    alarms = {a["Properties"]["AlarmName"]: a["Properties"] for a in of_type(templates["prod"], "AWS::CloudWatch::Alarm").values()}
+    watched = {name: alarm for name, alarm in alarms.items() if "-rollback-" in name}
+    assert set(watched) == {f"dogs-prod-rollback-{what}" for what in ("errors", "latency", "invalid")}
+    assert all(alarm["Period"] == 60 and alarm["TreatMissingData"] == "notBreaching" for alarm in watched.values())
+    assert watched["dogs-prod-rollback-latency"]["Threshold"] == 1_000_000  # µs
+    invalid = watched["dogs-prod-rollback-invalid"]
+    assert invalid["Namespace"] == environment(templates["prod"], "handler.handle")["METRIC_NAMESPACE"]
+    assert invalid["Dimensions"] == [{"Name": "Endpoint", "Value": "dogs-prod"}]
+    assert not any(
+        "-rollback-" in a["Properties"]["AlarmName"] for a in of_type(templates["dev"], "AWS::CloudWatch::Alarm").values()
+    )
+
+
+def test_the_idle_switch_is_there_only_where_it_is_wanted(templates: dict[str, Any]):
+    (rule,) = of_type(templates["idle"], "AWS::Events::Rule").values()
+    assert rule["Properties"]["ScheduleExpression"] == "rate(15 minutes)"
+    assert environment(templates["idle"], "idle.handle")["IDLE_HOURS"] == "2"
+    assert environment(templates["idle"], "handler.handle")["WAKES"] == "true"
+    waking = [entry for entry in statements(templates["idle"]) if "states:StartExecution" in listed(entry["Action"])]
+    assert len(waking) == 1
+    assert "wake-*" in json.dumps([e for e in statements(templates["idle"]) if "states:DescribeExecution" in listed(e["Action"])])
+    for stage in STAGES:
+        assert of_type(templates[stage], "AWS::Events::Rule") == {}
+        assert environment(templates[stage], "handler.handle")["WAKES"] == "false"
+        assert not any("states:StartExecution" in listed(entry["Action"]) for entry in statements(templates[stage]))
+
+
+def test_other_origins_are_let_in_by_name_only(templates: dict[str, Any]):
+    asked = [
+        m["Properties"]
+        for m in of_type(templates["idle"], "AWS::ApiGateway::Method").values()
+        if m["Properties"]["HttpMethod"] == "OPTIONS"
+    ]
+    assert len(asked) == 3
+    assert all(method["AuthorizationType"] == "NONE" for method in asked)
+    assert all("https://www.example.com" in json.dumps(method) and "'*'" not in json.dumps(method) for method in asked)
+    plain = of_type(templates["dev"], "AWS::ApiGateway::Method").values()
+    assert not any(method["Properties"]["HttpMethod"] == "OPTIONS" for method in plain)
+
+
+def test_scaling_is_limited_to_sagemaker(templates: dict[str, Any]):
+    for name in ("prod", "idle"):
+        found = [
+            e for e in statements(templates[name]) if any(a.startswith("application-autoscaling:") for a in listed(e["Action"]))
+        ]
+        assert found
+        only = {"StringEquals": {"application-autoscaling:service-namespace": "sagemaker"}}
+        assert all(entry["Condition"] == only for entry in found)
+    assert "application-autoscaling:" not in json.dumps(templates["dev"])

@@ -101,15 +101,17 @@ def test_what_is_no_batch_is_refused(api: Client, endpoint: Endpoint, body: byte
 
 
 def test_a_heat_map_is_a_picture_and_says_of_which_class(api: Client):
-    answer = post(api, "/explain", colour("green"), "image/png")
+    accepted = {"Accept": "image/png"}
+    answer = post(api, "/explain", colour("green"), "image/png", headers=accepted)
     assert answer.status_code == 200
     assert answer.data.startswith(b"\x89PNG")
     assert answer.headers["X-Label"] == "green"
     assert float(answer.headers["X-Probability"]) > 0.5
-    other = post(api, "/explain?label=blue%20%3C%26%3E", colour("green"), "image/png")
+    other = post(api, "/explain?label=blue%20%3C%26%3E", colour("green"), "image/png", headers=accepted)
     assert other.headers["X-Label"] == "blue%20%3C%26%3E"
-    unknown = post(api, "/explain?label=purple", colour("green"), "image/png")
+    unknown = post(api, "/explain?label=purple", colour("green"), "image/png", headers=accepted)
     assert (unknown.status_code, unknown.json["error"]["code"]) == (422, "unknown_label")
+    assert post(api, "/explain", colour("green"), "image/png").status_code == 406
 
 
 def test_a_model_that_fails_is_asked_again_and_counted(api: Client, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]):
@@ -235,7 +237,7 @@ _EVENTS = st.fixed_dictionaries(
 @given(event=_EVENTS)
 def test_no_event_is_answered_with_a_500(endpoint: Endpoint, event: dict[str, Any]):
     answer = handler.handle(event, None)
-    assert answer["statusCode"] in {200, 400, 404, 413, 415, 422}
+    assert answer["statusCode"] in {200, 400, 404, 406, 413, 415, 422}
     if answer["statusCode"] != 200:
         assert set(json.loads(answer["body"])) == {"error", "request_id"}
 
