@@ -199,6 +199,8 @@ class Endpoint(Section):
     """How long the alarms are watched before the next step; when one rings, the old model serves on."""
     max_latency_ms: int = Field(default=1000, ge=1, le=60_000)
     """p99 of the model's own time above which a new model is taken back."""
+    startup_s: int = Field(default=300, ge=60, le=3600)
+    """How long a real-time container may take until it answers; a broken model is given up after this."""
     idle_hours: int = Field(default=0, ge=0, le=720)
     """A real-time endpoint that nobody has asked for so long is removed, and comes back when somebody asks; 0: never."""
     deadline_s: int = Field(default=1800, ge=60, le=14_400)

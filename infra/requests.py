@@ -553,6 +553,7 @@ def endpoint_config(config: StageConfig) -> Json:
             "InstanceType": endpoint.instance_type,
             "InitialInstanceCount": endpoint.min_instances,
             "InitialVariantWeight": 1,
+            "ContainerStartupHealthCheckTimeoutInSeconds": endpoint.startup_s,
         }
     return {"EndpointConfigName": job_name(config), "ProductionVariants": [variant], "Tags": tags(config)}
 

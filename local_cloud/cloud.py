@@ -30,6 +30,7 @@ from local_cloud.codebuild import CodeBuild
 from local_cloud.images import Images
 from local_cloud.live import PREFIX, LiveReports
 from local_cloud.sagemaker import SageMaker, Settings
+from local_cloud.scaling import Scaling
 from local_cloud.service import Caller, Service, ServiceError
 from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
 from local_cloud.stepfunctions import StepFunctions
@@ -60,11 +61,13 @@ class LocalCloud:
             "sagemaker": self._sagemaker,
             "stepfunctions": states,
             "codebuild": CodeBuild(self, images),
+            "application-autoscaling": Scaling(self, self._sagemaker.endpoints.variants),
         }
         self._live = LiveReports(self, states.executions)
         self._ministack = emulator.application()
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
+        emulator.count_embedded_metrics()
 
     # -- What the services see (local_cloud.service.Cloud) --
 
@@ -172,6 +175,8 @@ def _target(scope: Scope, headers: dict[str, str]) -> tuple[str, str] | None:
         return ("sagemaker", "InvokeEndpoint" if _INVOKE.fullmatch(scope["path"]) else operation)
     if signed_for == "states" and operation in EXECUTION_OPERATIONS:
         return ("stepfunctions", operation)
+    if signed_for == "application-autoscaling":
+        return (signed_for, operation)
     if signed_for == "codebuild" and operation in _BUILD_OPERATIONS:
         return ("codebuild", operation)
     return None

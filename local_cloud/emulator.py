@@ -6,6 +6,7 @@ public interface; they are gathered here, and ``tests/unit/test_local_emulator.p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -194,6 +195,38 @@ def correct_secrets() -> None:
     handlers["create"] = lambda logical_id, given, stack: by_arn(create(logical_id, _generated(given), stack))
     handlers["update"] = lambda arn, *given: by_arn(update(_secret_name(arn), *given))
     handlers["delete"] = lambda arn, *given: delete(_secret_name(arn), *given)
+
+
+def count_embedded_metrics() -> None:
+    """Metrics that a Lambda writes into its log in CloudWatch's embedded metric format become metrics, as AWS makes them.
+
+    https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/CloudWatch_Embedded_Metric_Format_Specification.html
+    """
+    from ministack.services import cloudwatch, lambda_svc
+
+    write = lambda_svc._emit_lambda_logs
+
+    def count(func: dict[str, Any], request_id: str, log_text: str, *rest: Any, **named: Any) -> None:
+        write(func, request_id, log_text, *rest, **named)
+        for namespace, name, value, dimensions in embedded_metrics(log_text or ""):
+            cloudwatch.record_metric(namespace, name, value, "Count", dimensions)
+            cloudwatch._evaluate_all_alarms()
+
+    lambda_svc._emit_lambda_logs = count
+
+
+def embedded_metrics(log_text: str) -> list[tuple[str, str, float, dict[str, str]]]:
+    """``(namespace, metric, value, dimensions)`` of the lines that are metrics."""
+    found = []
+    for line in log_text.splitlines():
+        if not line.startswith('{"_aws"'):
+            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = json.loads(line)
+            for rule in content["_aws"]["CloudWatchMetrics"]:
+                dimensions = {name: str(content[name]) for names in rule["Dimensions"] for name in names}
+                found += [(rule["Namespace"], m["Name"], float(content[m["Name"]]), dimensions) for m in rule["Metrics"]]
+    return found
 
 
 def _generated(properties: dict[str, Any]) -> dict[str, Any]:

@@ -350,7 +350,12 @@ class AwsTask(StateTaskService):  # type: ignore[misc]
         return {**to_result({k: v for k, v in response.items() if k != "Payload"}, shape), "Payload": payload}
 
 
-_BOTO_NAMES = {"sfn": "stepfunctions", "states": "stepfunctions", "cloudwatchlogs": "logs"}
+_BOTO_NAMES = {
+    "sfn": "stepfunctions",
+    "states": "stepfunctions",
+    "cloudwatchlogs": "logs",
+    "applicationautoscaling": "application-autoscaling",
+}
 _ERROR_PREFIX = {
     "sagemaker": "SageMaker",
     "s3": "S3",
@@ -358,6 +363,7 @@ _ERROR_PREFIX = {
     "codebuild": "CodeBuild",
     "ecr": "Ecr",
     "secretsmanager": "SecretsManager",
+    "applicationautoscaling": "ApplicationAutoScaling",
 }
 SERVICES = frozenset({"sagemaker", "codebuild", "lambda", "sns", "aws-sdk"})
 """Services that a Task state may call; ``aws-sdk`` is every API that the local cloud answers."""

@@ -43,6 +43,10 @@ class Settings:
     ping_interval: float = 0.1
     invocation_timeout: float = 60.0
     """For a server to answer one invocation (SageMaker: 60)."""
+    deployment_speed: float = 60.0
+    """How many seconds of an update's waits pass in one: what takes five minutes on AWS takes five seconds."""
+    alarm_interval: float = 0.5
+    """Between two looks at the alarms of an update."""
     keep_folders: bool = False
     """Keep the folders of finished jobs, to look into them."""
     interrupt_after: float | None = None

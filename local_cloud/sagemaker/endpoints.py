@@ -6,6 +6,7 @@ import contextlib
 import copy
 import http.client
 import json
+import math
 import random
 import shutil
 import socket
@@ -16,6 +17,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import boto3
@@ -23,6 +25,7 @@ import boto3
 from local_cloud.images import Image, Images
 from local_cloud.sagemaker.common import Record, Request, Tags, arn, invalid, now, page, select
 from local_cloud.sagemaker.container import Settings
+from local_cloud.sagemaker.endpoint_metrics import EndpointMetrics
 from local_cloud.sagemaker.logs import JobLog
 from local_cloud.sagemaker.process import Child, aws_environment, mounted, network_environment
 from local_cloud.sagemaker.registry import Registry
@@ -45,6 +48,10 @@ class StartError(Exception):
     """A server did not become healthy; the message is the FailureReason."""
 
 
+class RollbackError(Exception):
+    """An update was taken back; the message is the FailureReason."""
+
+
 class ThrottledError(Exception):
     """More invocations at once than the variant's MaxConcurrency."""
 
@@ -57,6 +64,7 @@ class Server:
     ) -> None:
         self._cloud, self._images, self._settings = cloud, images, settings
         self.variant, self._container, self._role = variant, container, role
+        self.instances: int = variant.get("InitialInstanceCount", 0)
         self.name: str = variant["VariantName"]
         identifier = uuid.uuid4().hex[:16]
         self._folder = cloud.root / "endpoints" / endpoint / f"{self.name}-{identifier}"
@@ -265,7 +273,11 @@ class Endpoint:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.servers: list[Server] = []
+        """The fleet that serves; during an update the old one (blue)."""
         self.starting: list[Server] = []
+        """The new fleet (green), until it is the one that serves."""
+        self.shifted = 0.0
+        """Share of the requests that the new fleet gets already."""
         self.thread: threading.Thread | None = None
 
 
@@ -277,7 +289,8 @@ class Endpoints:
         self._tags, self._settings = tags, settings
         self._lock = threading.RLock()
         self._endpoints: dict[str, Endpoint] = {}
-        self._stopping = False
+        self._metrics = EndpointMetrics(cloud)
+        self._stopping = threading.Event()
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -293,7 +306,7 @@ class Endpoints:
                 raise invalid(f'Cannot create already existing endpoint "{resource}".')
             endpoint = self._endpoints[name] = Endpoint(record)
             self._tags.add(resource, request.get("Tags", []))
-            self._background(endpoint, self._deploy, endpoint, request["EndpointConfigName"])
+            self._background(endpoint, self._deploy, endpoint, request["EndpointConfigName"], {})
         return {"EndpointArn": resource}
 
     def update(self, request: Request) -> Record:
@@ -308,7 +321,12 @@ class Endpoints:
                 raise invalid(f'Cannot update endpoint "{resource}" in status {status}: delete it and create it again.')
             self._set(endpoint, EndpointStatus="Updating")
             endpoint.record.pop("FailureReason", None)
-            self._background(endpoint, self._deploy, endpoint, request["EndpointConfigName"])
+            # With several machines of a variant one server stands for all of them; their number is kept where it is asked for.
+            kept = (
+                {server.name: server.instances for server in endpoint.servers} if request.get("RetainAllVariantProperties") else {}
+            )
+            deployment = request.get("DeploymentConfig", {})
+            self._background(endpoint, self._deploy, endpoint, request["EndpointConfigName"], deployment, kept)
         return {"EndpointArn": resource}
 
     def delete(self, request: Request) -> Record:
@@ -342,10 +360,17 @@ class Endpoints:
         with self._lock:
             return list(self._endpoint(name).servers)
 
+    def variants(self, name: str) -> list[str]:
+        """Names of an endpoint's variants on machines; none when there is no such endpoint."""
+        with self._lock:
+            endpoint = self._endpoints.get(name)
+            return [server.name for server in endpoint.servers if not server.serverless] if endpoint else []
+
     def stop(self) -> None:
         """End every server at once."""
+        self._stopping.set()
+        self._metrics.stop()
         with self._lock:
-            self._stopping = True
             endpoints = list(self._endpoints.values())
             servers = [server for endpoint in endpoints for server in (*endpoint.servers, *endpoint.starting)]
         for server in servers:
@@ -371,25 +396,61 @@ class Endpoints:
         endpoint.thread = threading.Thread(target=work, args=arguments, name=f"endpoint-{name}", daemon=True)
         endpoint.thread.start()
 
-    def _deploy(self, endpoint: Endpoint, config_name: str) -> None:
-        """Start the servers of a configuration; when all are healthy they replace the old ones at once, else those stay."""
+    def _deploy(
+        self, endpoint: Endpoint, config_name: str, deployment: Record, kept: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Start the servers of a configuration; healthy, they take over as ``deployment`` says, else the old ones stay."""
         updating = endpoint.record["EndpointStatus"] == "Updating"
         try:
             self._start_servers(endpoint, config_name)
+            for server in endpoint.starting:
+                server.instances = kept.get(server.name, 0) or server.instances
+            if updating:
+                self._shift(endpoint, deployment)
         except Exception as error:  # an endpoint must always leave Creating and Updating
             reason = error.message if isinstance(error, ServiceError) else str(error)
             with self._lock:
-                failed, endpoint.starting = endpoint.starting, []
-            for server in failed:
-                server.stop(1.0)
-            self._set(endpoint, EndpointStatus="InService" if updating else "Failed", FailureReason=reason[:1024])
+                failed, endpoint.starting, endpoint.shifted = endpoint.starting, [], 0.0
+                self._set(endpoint, EndpointStatus="InService" if updating else "Failed", FailureReason=reason[:1024])
+            self._retire(failed)
             return
         with self._lock:
-            old, endpoint.servers, endpoint.starting = endpoint.servers, endpoint.starting, []
+            old, endpoint.servers, endpoint.starting, endpoint.shifted = endpoint.servers, endpoint.starting, [], 0.0
             self._set(endpoint, EndpointStatus="InService", EndpointConfigName=config_name)
-        for server in old:
+        self._retire(old)
+
+    def _retire(self, servers: list[Server]) -> None:
+        """Let servers answer what they have begun, then end them."""
+        for server in servers:
             server.drain()
             server.stop(min(self._settings.grace, 30.0))
+
+    def _shift(self, endpoint: Endpoint, deployment: Record) -> None:
+        """Move traffic to the new fleet step by step, watching the alarms. Raises RollbackError when one rings."""
+        alarms = [alarm["AlarmName"] for alarm in deployment.get("AutoRollbackConfiguration", {}).get("Alarms", [])]
+        for share, wait_s in _steps(deployment):
+            with self._lock:
+                endpoint.shifted = share
+            self._watch(endpoint, alarms, wait_s / self._settings.deployment_speed)
+
+    def _watch(self, endpoint: Endpoint, alarms: list[str], seconds: float) -> None:
+        """Wait, unless the new fleet dies or an alarm rings."""
+        client = self._cloud.admin().client("cloudwatch", endpoint_url=self._cloud.url, region_name=self._cloud.region)
+        deadline = time.monotonic() + seconds
+        while True:
+            ringing = _ringing(client, alarms)
+            if ringing or not all(server.alive for server in endpoint.starting):
+                with self._lock:
+                    endpoint.shifted = 0.0
+                    self._set(endpoint, EndpointStatus="RollingBack")
+                why = f"the alarm {ringing[0]} is in the state ALARM" if ringing else "a container of the new fleet ended"
+                msg = f"The deployment was rolled back because {why}. The previous configuration serves."
+                raise RollbackError(msg)
+            if self._stopping.wait(min(self._settings.alarm_interval, max(0.0, deadline - time.monotonic()))):
+                msg = "the local cloud is stopping"
+                raise RollbackError(msg)
+            if time.monotonic() >= deadline:
+                return
 
     def _start_servers(self, endpoint: Endpoint, config_name: str) -> None:
         config = self._registry.describe_config({"EndpointConfigName": config_name})
@@ -400,7 +461,7 @@ class Endpoints:
                 self._cloud, self._images, self._settings, endpoint=name, variant=variant, container=container, role=role
             )
             with self._lock:
-                if self._stopping:
+                if self._stopping.is_set():
                     msg = "the local cloud is stopping"
                     raise StartError(msg)
                 endpoint.starting.append(server)
@@ -428,14 +489,18 @@ class Endpoints:
         limit = SERVERLESS_BODY if server.serverless else REAL_TIME_BODY
         if len(body) > limit:
             return _error(413, "ValidationError", f"Request size {len(body)} bytes exceeds the limit of {limit} bytes: send less.")
+        started = time.perf_counter()
         try:
             status, answered, content = server.invoke(body, {key: given[key] for key in _FORWARDED if key in given})
+            self._metrics.note(name, server.name, status, time.perf_counter() - started)
         except ThrottledError:
             return _error(429, "ThrottlingException", "Rate exceeded: the endpoint's MaxConcurrency is reached. Try again later.")
         except TimeoutError:
+            self._metrics.note(name, server.name, 0, time.perf_counter() - started)
             words = "Your invocation timed out while waiting for a response from container primary"
             return self._model_error(server, 0, words)
         except (OSError, http.client.HTTPException) as error:
+            self._metrics.note(name, server.name, 0, time.perf_counter() - started)
             return self._model_error(server, 0, f"The container did not answer: {error}")
         if not 200 <= status < 300:
             return self._model_error(server, status, content.decode("utf-8", "replace"))
@@ -450,7 +515,9 @@ class Endpoints:
             endpoint = self._endpoints.get(name)
             if endpoint is None:
                 raise invalid(f"Endpoint {name} of account {self._cloud.account} not found.")
-            servers = [server for server in endpoint.servers if target in (None, server.name)]
+            # While an update goes on a share of the requests is the new fleet's.
+            fleet = endpoint.starting if random.random() < endpoint.shifted else endpoint.servers  # noqa: S311 - spreads load
+            servers = [server for server in fleet if target in (None, server.name)]
             if not servers and target is not None and endpoint.servers:
                 raise invalid(f"Variant {target} not found in endpoint {name}.")
             if not servers:
@@ -470,6 +537,37 @@ class Endpoints:
         return _error(424, "ModelError", words, OriginalStatusCode=status, OriginalMessage=message, LogStreamArn=stream)
 
 
+def _ringing(client: Any, alarms: list[str]) -> list[str]:
+    """Those of the alarms that ring."""
+    if not alarms:
+        return []
+    found = client.describe_alarms(AlarmNames=alarms)["MetricAlarms"]
+    return [str(alarm["AlarmName"]) for alarm in found if alarm["StateValue"] == "ALARM"]
+
+
+def _steps(deployment: Record) -> list[tuple[float, float]]:
+    """``(share of the traffic that the new fleet gets, seconds to watch it)`` of an update, the last one 1.0."""
+    blue_green = deployment.get("BlueGreenUpdatePolicy", {})
+    routing = blue_green.get("TrafficRoutingConfiguration", {})
+    rolling = deployment.get("RollingUpdatePolicy")
+    wait_s = float((rolling or routing).get("WaitIntervalInSeconds", 0))
+    if rolling:
+        size = _share(rolling["MaximumBatchSize"])
+    elif routing.get("Type") == "CANARY":
+        return [(_share(routing["CanarySize"]), wait_s), (1.0, wait_s)]
+    elif routing.get("Type") == "LINEAR":
+        size = _share(routing["LinearStepSize"])
+    else:
+        size = 1.0
+    count = math.ceil(1.0 / size - 1e-9)
+    return [(min(1.0, size * (step + 1)), wait_s) for step in range(count)]
+
+
+def _share(capacity: Record) -> float:
+    """A CapacitySize as a share; of one server that stands for all machines an INSTANCE_COUNT is a half."""
+    return float(capacity["Value"]) / 100 if capacity["Type"] == "CAPACITY_PERCENT" else 0.5
+
+
 def _error(status: int, code: str, message: str, **members: Any) -> Answer:
     headers = {"Content-Type": "application/json", "x-amzn-errortype": code}
     return status, headers, json.dumps({"Message": message, **members}).encode()
@@ -483,7 +581,7 @@ def _variant_summary(server: Server) -> Record:
     found: Record = {"VariantName": server.name, "DeployedImages": [image], "CurrentWeight": weight, "DesiredWeight": weight}
     if server.serverless:
         return {**found, "CurrentServerlessConfig": dict(server.serverless), "CurrentInstanceCount": 0}
-    return {**found, "CurrentInstanceCount": 1, "DesiredInstanceCount": 1}
+    return {**found, "CurrentInstanceCount": server.instances, "DesiredInstanceCount": server.instances}
 
 
 def _http(

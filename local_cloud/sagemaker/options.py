@@ -44,6 +44,16 @@ _PACKAGE = frozenset(
     | {"ModelCard", "ClientToken"}
 )
 
+_SHIFT = (
+    *("TrafficRoutingConfiguration.Type", "TrafficRoutingConfiguration.WaitIntervalInSeconds", "TerminationWaitInSeconds"),
+    *("TrafficRoutingConfiguration.CanarySize", "TrafficRoutingConfiguration.LinearStepSize"),
+)
+_DEPLOYMENT = (
+    _below("DeploymentConfig.BlueGreenUpdatePolicy", *_SHIFT)
+    | _below("DeploymentConfig.RollingUpdatePolicy", "MaximumBatchSize", "WaitIntervalInSeconds")
+    | _below("DeploymentConfig.AutoRollbackConfiguration", "Alarms")
+)
+
 SUPPORTED: dict[str, frozenset[str]] = {
     "CreateTrainingJob": _TRAINING
     | {"TrainingJobName", "HyperParameters", _TAGS}
@@ -78,10 +88,8 @@ SUPPORTED: dict[str, frozenset[str]] = {
         ),
         *("ServerlessConfig.MemorySizeInMB", "ServerlessConfig.MaxConcurrency"),
     ),
-    "CreateEndpoint": frozenset({"EndpointName", "EndpointConfigName", _TAGS})
-    | _below("DeploymentConfig.BlueGreenUpdatePolicy", "TrafficRoutingConfiguration.Type"),
-    "UpdateEndpoint": frozenset({"EndpointName", "EndpointConfigName"})
-    | _below("DeploymentConfig.BlueGreenUpdatePolicy", "TrafficRoutingConfiguration.Type"),
+    "CreateEndpoint": frozenset({"EndpointName", "EndpointConfigName", _TAGS}),
+    "UpdateEndpoint": frozenset({"EndpointName", "EndpointConfigName", "RetainAllVariantProperties"}) | _DEPLOYMENT,
     "CreateModelPackageGroup": frozenset({"ModelPackageGroupName", "ModelPackageGroupDescription", _TAGS}),
     "CreateModelPackage": _PACKAGE
     | {"ModelPackageName", "ModelPackageGroupName", "ModelPackageDescription", "MetadataProperties", "ModelMetrics", _TAGS}
@@ -155,23 +163,16 @@ IGNORED: dict[str, dict[str, str]] = {
         "ProductionVariants.ModelDataDownloadTimeoutInSeconds": "the copy is local",
         "KmsKeyId": _KEY,
     },
-    "CreateEndpoint": {
-        "DeploymentConfig.BlueGreenUpdatePolicy.TrafficRoutingConfiguration.WaitIntervalInSeconds": "all traffic moves at once",
-        "DeploymentConfig.BlueGreenUpdatePolicy.TerminationWaitInSeconds": "the old server stops when its requests are answered",
-        "DeploymentConfig.BlueGreenUpdatePolicy.MaximumExecutionTimeoutInSeconds": "the health check has its own deadline",
-    },
     "CreateModelPackage": {"CertifyForMarketplace": "there is no marketplace"},
 }
 """Accepted, described, without effect here: field → reason."""
 IGNORED["UpdateEndpoint"] = {
-    **IGNORED["CreateEndpoint"],
-    "RetainAllVariantProperties": "there is no scaling to retain",
-    "ExcludeRetainedVariantProperties": "there is no scaling to retain",
-    "RetainDeploymentConfig": "updates always move all traffic at once, after a health check",
+    f"DeploymentConfig.{policy}.MaximumExecutionTimeoutInSeconds": "the health check has its own deadline"
+    for policy in ("BlueGreenUpdatePolicy", "RollingUpdatePolicy")
 }
 
 _VPC = "local containers share this machine's network"
-_ONE = "one instance per job and per endpoint variant is emulated"
+_ONE = "one instance per job is emulated"
 _ONE_JOB = "jobs run on this machine alone: several instances, and torchrun over them, need AWS"
 _PLAIN = "files are handed over as they are: unpack in the job"
 
@@ -200,16 +201,8 @@ VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "PrimaryContainer.Mode": (("SingleModel",), "one model per server"),
         "Containers.Mode": (("SingleModel",), "one model per server"),
     },
-    "CreateEndpointConfig": {"ProductionVariants.InitialInstanceCount": ((1,), _ONE)},
-    "CreateEndpoint": {
-        "DeploymentConfig.BlueGreenUpdatePolicy.TrafficRoutingConfiguration.Type": (
-            ("ALL_AT_ONCE",),
-            "there is one server per variant to shift traffic to",
-        ),
-    },
 }
 """Fields of which only some values are emulated: field → (values, reason)."""
-VALUES["UpdateEndpoint"] = VALUES["CreateEndpoint"]
 VALUES["CreateHyperParameterTuningJob"] = {
     f"TrainingJobDefinition.{path}": rule for path, rule in VALUES["CreateTrainingJob"].items()
 }
@@ -280,11 +273,11 @@ REFUSED: dict[str, dict[str, str]] = {
         "ProductionVariants.EnableSSMAccess": "the server runs on this machine",
         "ProductionVariants.CapacityReservationConfig": "there is no capacity to reserve",
     },
-    "CreateEndpoint": {
-        "DeploymentConfig.AutoRollbackConfiguration": "alarms are not watched: updates roll back on a failed health check",
-        "DeploymentConfig.RollingUpdatePolicy": "there is one server per variant",
-        "DeploymentConfig.BlueGreenUpdatePolicy.TrafficRoutingConfiguration.CanarySize": "all traffic moves at once",
-        "DeploymentConfig.BlueGreenUpdatePolicy.TrafficRoutingConfiguration.LinearStepSize": "all traffic moves at once",
+    "CreateEndpoint": {"DeploymentConfig": "there is nothing to shift traffic from: give it with an update"},
+    "UpdateEndpoint": {
+        "ExcludeRetainedVariantProperties": "the number of machines is the one property that is kept",
+        "RetainDeploymentConfig": "name the DeploymentConfig with each update",
+        "DeploymentConfig.RollingUpdatePolicy.RollbackMaximumBatchSize": "a rollback moves all traffic at once",
     },
     "CreateModelPackage": {
         "ValidationSpecification": "validation needs batch transform",
@@ -296,7 +289,6 @@ REFUSED: dict[str, dict[str, str]] = {
     },
 }
 """Why a field is refused. A field in no table at all is refused too."""
-REFUSED["UpdateEndpoint"] = REFUSED["CreateEndpoint"]
 REFUSED["UpdateModelPackage"] = {"AdditionalInferenceSpecificationsToAdd": "one InferenceSpecification is emulated"}
 
 

@@ -55,6 +55,12 @@ class Deployment:
         except ValueError:
             return status, content.decode("utf-8", "replace")
 
+    def fetch(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[bytes, Any]:
+        """POST; the answer's bytes and headers. Raises HTTPError."""
+        url = f"{self.outputs['ApiUrl'].rstrip('/')}/{path}"
+        with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers), timeout=60) as answer:
+            return answer.read(), answer.headers
+
     @property
     def authorized(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.token}"}

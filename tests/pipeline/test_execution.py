@@ -128,7 +128,7 @@ def test_a_posted_picture_is_answered_with_its_class(finished, deployed, digits)
     for path in pictures:
         status, answer = deployed.post(path.read_bytes(), **deployed.authorized)
         assert status == 200, answer
-        assert set(answer) == {"predictions", "model", "request_id"}
+        assert set(answer) == {"predictions", "novelty", "model", "request_id"}
         probabilities = [p["probability"] for p in answer["predictions"]]
         assert probabilities == sorted(probabilities, reverse=True)
         right += answer["predictions"][0]["label"] == path.parent.name

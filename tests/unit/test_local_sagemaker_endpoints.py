@@ -231,8 +231,8 @@ def test_versions_of_a_model_package_and_a_model_from_one(cloud: FakeCloud, sage
         ),
         (
             "UpdateEndpoint",
-            {"EndpointName": "x", "EndpointConfigName": "y", "DeploymentConfig": {"AutoRollbackConfiguration": {"Alarms": []}}},
-            "AutoRollbackConfiguration",
+            {"EndpointName": "x", "EndpointConfigName": "y", "RetainDeploymentConfig": True},
+            "RetainDeploymentConfig",
         ),
         (
             "CreateModel",

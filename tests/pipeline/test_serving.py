@@ -1,0 +1,78 @@
+"""What else the deployed API and the state machine do with a model: several pictures, heat maps, a whole prefix."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import urllib.parse
+
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.pipeline
+
+
+def test_several_pictures_at_once_as_json_and_as_a_form(finished, deployed, digits):
+    pictures = {label: next((digits / "test" / label).glob("*.png")).read_bytes() for label in ("2", "6")}
+    body = json.dumps({"images": [base64.b64encode(one).decode() for one in [*pictures.values(), b"broken"]]}).encode()
+    status, answer = deployed.request("predict/batch?top_k=1", body, {"Content-Type": "application/json", **deployed.authorized})
+    assert status == 200, answer
+    assert [result["predictions"][0]["label"] for result in answer["results"][:2]] == list(pictures)
+    assert answer["results"][2]["error"]["code"] == "not_decodable"
+    parts = [f'--b\r\nContent-Disposition: form-data; name="f"; filename="{label}"\r\n\r\n'.encode() for label in pictures]
+    form = b"".join(head + one + b"\r\n" for head, one in zip(parts, pictures.values(), strict=True)) + b"--b--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=b", **deployed.authorized}
+    status, again = deployed.request("predict/batch?top_k=1", form, kind)
+    assert (status, again["results"]) == (200, answer["results"][:2])
+
+
+def test_a_heat_map_comes_through_the_gateway_byte_for_byte(finished, deployed, digits):
+    picture = next((digits / "test" / "6").glob("*.png")).read_bytes()
+    headers = {"Content-Type": "image/png", "Accept": "image/png", **deployed.authorized}
+    content, answered = deployed.fetch("explain", picture, headers)
+    assert content.startswith(b"\x89PNG")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert urllib.parse.unquote(answered["X-Label"]) == "6"
+
+
+def test_the_artifact_says_in_which_form_it_serves_and_why(finished, deployed):
+    key = finished.output["model_data_url"].removeprefix(f"s3://{deployed.outputs['DataBucket']}/")
+    run = key.split("/")[1]
+    content = (
+        deployed.cloud.client("s3")
+        .get_object(Bucket=deployed.outputs["DataBucket"], Key=f"runs/{run}/evaluation/evaluation.json")["Body"]
+        .read()
+    )
+    forms = json.loads(content)["forms"]
+    assert {form["form"] for form in forms} >= {"onnxruntime-fp32", "onnxruntime-int8", "openvino-fp32", "openvino-int8"}
+    (chosen,) = [form for form in forms if form["chosen"]]
+    reference = next(form for form in forms if form["form"] == "onnxruntime-fp32")
+    assert chosen["valid_top1"] >= reference["valid_top1"] - 0.005
+    assert chosen["batch1_ms"] <= reference["batch1_ms"]
+    status, labels = deployed.request("labels", None, deployed.authorized)
+    assert status == 200
+    assert len(labels["labels"]) == 10
+
+
+def test_a_whole_prefix_is_classified_by_one_execution(finished, deployed, digits):
+    s3, bucket = deployed.cloud.client("s3"), deployed.outputs["DataBucket"]
+    for label in ("3", "7"):
+        for path in sorted((digits / "test" / label).glob("*.png"))[:5]:
+            s3.put_object(Bucket=bucket, Key=f"incoming/new/{label}/{path.name}", Body=path.read_bytes())
+    s3.put_object(Bucket=bucket, Key="incoming/new/notes.txt", Body=b"no picture")
+    denied = deployed.denied()
+    _, ended = deployed.execute({"action": "batch", "input": f"s3://{bucket}/incoming/new/"})
+    assert ended["status"] == "SUCCEEDED", ended.get("cause")
+    assert deployed.denied() == denied
+    place = json.loads(ended["output"])["predictions_uri"].removeprefix(f"s3://{bucket}/")
+    rows = pq.read_table(
+        io.BytesIO(s3.get_object(Bucket=bucket, Key=f"{place}predictions-algo-1.parquet")["Body"].read())
+    ).to_pylist()
+    assert len(rows) == 11
+    right = [row for row in rows if row["label"] == row["file"].split("/")[0]]
+    assert len(right) >= 8
+    assert [row["file"] for row in rows if row["error"]] == ["notes.txt"]
+    text = s3.get_object(Bucket=bucket, Key=f"{place}predictions-algo-1.csv")["Body"].read().decode()
+    assert [line["file"] for line in csv.DictReader(io.StringIO(text))] == [row["file"] for row in rows]
