@@ -24,7 +24,7 @@ export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export RUN BUCKET OUT
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run report compare test test-all bench bench-training bench-preparation bench-observability check synth lock clean versions
+.PHONY: help run report compare test test-all bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +50,7 @@ test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among the
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
 
-bench: bench-preparation bench-training bench-observability  ## all benchmarks, and the tables of the documents made from them
+bench: bench-preparation bench-training bench-observability bench-serving  ## all benchmarks, and the tables of the documents made from them
 
 bench-training: $(VENV)/.bench  ## loaders, steps, tuning and accuracy against named peers (an hour on two cores)
 	@$(VENV)/bin/python bench/training.py && $(VENV)/bin/python bench/tables.py --write
@@ -60,6 +60,9 @@ bench-preparation: $(VENV)/.bench  ## time, processors and memory of prepare.py 
 
 bench-observability: $(VENV)/.bench  ## what the hook, the sampler and the step phases cost a training (minutes)
 	@$(VENV)/bin/python bench/observability.py && $(VENV)/bin/python bench/tables.py --write
+
+bench-serving: $(VENV)/.bench  ## our serving container against LitServe, TorchServe, Ray Serve and FastAPI (20 minutes; needs Java 17)
+	@$(VENV)/bin/python bench/serving.py && $(VENV)/bin/python bench/tables.py --write
 
 check: $(VENV)/.test  ## ruff and mypy
 	$(VENV)/bin/ruff check .
