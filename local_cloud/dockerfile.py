@@ -33,7 +33,7 @@ IGNORED = {
 IGNORED_COMMANDS = {
     **dict.fromkeys(("apt-get", "apt", "apk", "dnf", "yum", "microdnf"), "system packages are this machine's"),
     **dict.fromkeys(("useradd", "groupadd", "adduser", "addgroup", "chown", "chmod"), "the server runs as this machine's user"),
-    **dict.fromkeys(("rm", "set", "true"), "there are no layers to keep small"),
+    **dict.fromkeys(("rm", "cd", "set", "true"), "there are no layers to keep small"),
 }
 """Commands of RUN accepted without effect: command → reason."""
 PIP_IGNORED = {"--no-cache-dir", "--disable-pip-version-check", "-q", "--quiet", "--no-input", "--root-user-action=ignore"}

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import bodies
 from answers import HttpError, answer, error_answer, picture_answer, raw
+from botocore.exceptions import ClientError, HTTPClientError
 from description import description
 from model import Model
 from page import page
@@ -45,16 +46,28 @@ def handle(event: dict[str, Any], context: Any) -> dict[str, Any]:
     except HttpError as error:
         failure = error.code
         result = error_answer(error, request_id)
-    except Exception:
-        failure = "server_error"
-        log.exception(json.dumps({"request_id": request_id, "route": " ".join(route)}))
-        problem = HttpError(500, failure, "The service failed; its log names the reason under this request_id.", 5)
+    except Exception as error:
+        problem = _unforeseen(error, request_id, route)
+        failure = problem.code
         result = error_answer(problem, request_id)
     result["headers"] |= _cross_origin(event)
     took = round((time.monotonic() - started) * 1000)
     line = {"request_id": request_id, "route": " ".join(route), "status": result["statusCode"], "error": failure, "ms": took}
     log.info(json.dumps(line))
     return result
+
+
+_BUSY = {"ThrottlingException", "Throttling", "TooManyRequestsException", "SlowDown", "ServiceUnavailable", "InternalError"}
+
+
+def _unforeseen(error: Exception, request_id: str, route: tuple[str, str]) -> HttpError:
+    """A service behind the API that is slow or busy passes; anything else is our own fault, and its trace is in the log."""
+    code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
+    if isinstance(error, HTTPClientError) or code in _BUSY:
+        log.warning(json.dumps({"request_id": request_id, "route": " ".join(route), "error": code or type(error).__name__}))
+        return HttpError(503, "unavailable", "A service behind the API is busy; send the request again in some seconds.", 5)
+    log.exception(json.dumps({"request_id": request_id, "route": " ".join(route)}))
+    return HttpError(500, "server_error", "The service failed; its log names the reason under this request_id.", 5)
 
 
 Handler = Callable[[dict[str, Any], str], dict[str, Any]]

@@ -192,7 +192,6 @@ VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "ProcessingInputs.S3Input.S3DataType": (("S3Prefix",), "manifests are not emulated: give a prefix"),
         "ProcessingInputs.S3Input.S3InputMode": (("File",), "there are no pipes"),
         "ProcessingInputs.S3Input.S3CompressionType": (("None",), _PLAIN),
-        "ProcessingInputs.S3Input.S3DataDistributionType": (("FullyReplicated",), _ONE),
         "ProcessingResources.ClusterConfig.InstanceCount": ((1,), _ONE_JOB),
         "NetworkConfig.EnableNetworkIsolation": ((False,), _VPC),
     },

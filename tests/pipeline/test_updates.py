@@ -40,8 +40,16 @@ def realtime(finished: Any, deployed: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", deployed.cloud.url)
         run.deploy(int(deployed.cloud.url.rsplit(":", 1)[1]), "local", override, deployed.cloud.root, Console(quiet=True))
+    asleep(deployed)  # a serverless endpoint cannot become a real-time one
     deploy(deployed, finished.output["model_package"])
     return deployed
+
+
+def asleep(deployed: Any) -> None:
+    sagemaker = deployed.cloud.client("sagemaker")
+    sagemaker.delete_endpoint(EndpointName=NAME)
+    while sagemaker.list_endpoints()["Endpoints"]:
+        time.sleep(0.2)
 
 
 def deploy(deployed: Any, package: str) -> None:
@@ -209,10 +217,7 @@ def test_fifty_posts_wake_a_sleeping_endpoint_with_one_deployment(realtime, digi
     (idle,) = [function["FunctionName"] for function in functions if function["Handler"] == "idle.handle"]
     answer = json.loads(realtime.cloud.client("lambda").invoke(FunctionName=idle)["Payload"].read())
     assert answer["asleep"] is False  # it was changed a minute ago
-    sagemaker = realtime.cloud.client("sagemaker")
-    sagemaker.delete_endpoint(EndpointName=NAME)
-    while sagemaker.list_endpoints()["Endpoints"]:
-        time.sleep(0.2)
+    asleep(realtime)
     picture = next((digits / "test" / "6").glob("*.png")).read_bytes()
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda _: realtime.post(picture, **realtime.authorized), range(50)))

@@ -16,7 +16,7 @@ import handler
 import pytest
 import schemathesis
 from api_fakes import TOKEN, Endpoint, connected, missing_endpoint, model_error, set_environment
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ReadTimeoutError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -193,6 +193,23 @@ def test_a_waking_that_failed_is_tried_again_but_not_for_ever(api: Client, sleep
     failed = post(api, "/predict", colour("red"), "image/png")
     assert (failed.status_code, failed.json["error"]["code"]) == (503, "wake_failed")
     assert "wake-0123456789abcdef-3" in failed.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ReadTimeoutError(endpoint_url="x"),
+        ClientError({"Error": {"Code": "ThrottlingException", "Message": "Rate exceeded"}}, "StartExecution"),
+    ],
+)
+def test_a_busy_step_functions_is_waited_for(api: Client, sleeping: StepFunctions, monkeypatch: pytest.MonkeyPatch, problem: Any):
+    def busy(**_: Any) -> Any:
+        raise problem
+
+    monkeypatch.setattr(sleeping, "start_execution", busy)
+    answer = post(api, "/predict", colour("red"), "image/png")
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 def test_without_the_idle_switch_a_missing_endpoint_is_no_model(api: Client, endpoint: Endpoint):

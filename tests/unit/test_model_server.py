@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -113,3 +115,29 @@ def test_the_server_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code, str(MODEL_CODE)], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
     assert not loaded & {"torch", "torchvision", "boto3", "pandas", "plotly", "smdebug"}
+
+
+BASE_MB = 125
+"""python:3.12-slim on amd64, unpacked (https://hub.docker.com/_/python)."""
+
+
+def test_the_image_is_small_by_its_parts():
+    """The base, and what the locked packages unpack to, less what the Dockerfile deletes again."""
+    text = (MODEL_CODE / "Dockerfile").read_text()
+    deleted = next(line for line in text.splitlines() if "rm -f" in line).split()[3:]
+    locked = (MODEL_CODE / "requirements-server.txt").read_text()
+    names = [line.split("==")[0] for line in locked.splitlines() if "==" in line]
+    assert {"onnxruntime", "openvino", "numpy", "pillow", "starlette", "uvicorn"} <= set(names)
+    sizes = {}
+    for name in names:
+        try:
+            files = metadata.files(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # for another Python or system than this one
+        kept = [f for f in files if not ("openvino/libs/" in str(f) and any(fnmatch(f.name, rule) for rule in deleted))]
+        sizes[name] = sum(Path(str(f.locate())).stat().st_size for f in kept if Path(str(f.locate())).is_file()) / 1e6
+    assert sizes["openvino"] > 50
+    assert BASE_MB + sum(sizes.values()) < 400, sizes
+    assert not {"torch", "torchvision", "boto3", "onnx"} & set(names)
+    assert "USER 1000" in text
+    assert "--require-hashes" in text
