@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import sys
@@ -21,6 +22,7 @@ sys.path[:0] = [str(ROOT / "lambdas" / "deploy"), str(ROOT / "lambdas" / "author
 
 import authorize  # noqa: E402
 import clean_up  # noqa: E402
+import idle  # noqa: E402
 import on_destroy  # noqa: E402
 import smoke_test  # noqa: E402
 
@@ -243,3 +245,71 @@ def test_cloudformation_always_gets_an_answer(monkeypatch: pytest.MonkeyPatch):
     on_destroy.handle({"RequestType": "Delete", "ResourceProperties": {}}, None)
     assert answered[0].startswith("SUCCESS")
     assert answered[1].startswith("FAILED")
+
+
+# --- the idle switch -------------------------------------------------------------------------------------------------------
+
+NOW = datetime.datetime(2026, 6, 1, 12, tzinfo=datetime.UTC)
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Stubber]]:
+    """Stubs of what the idle switch asks, for a quiet endpoint that is old enough."""
+    monkeypatch.setenv("STATE_MACHINE_ARN", "arn:aws:states:us-east-1:000000000000:stateMachine:dogs-dev")
+    monkeypatch.setenv("IDLE_HOURS", "2")
+    services = {
+        name.replace("-", "_"): client(name) for name in ("sagemaker", "stepfunctions", "cloudwatch", "application-autoscaling")
+    }
+    stubbed(monkeypatch, **services)
+    stubs = {name: Stubber(service) for name, service in services.items()}
+    for stub in stubs.values():
+        stub.activate()
+    yield stubs
+    for stub in stubs.values():
+        stub.assert_no_pending_responses()
+
+
+def quiet(clients: dict[str, Stubber], *, changed_h: float = 3, running: int = 0, requests: float = 0) -> None:
+    """Answers up to the first that keeps the endpoint."""
+    changed = NOW - datetime.timedelta(hours=changed_h)
+    described = {
+        "EndpointName": "dogs-dev",
+        "EndpointArn": "arn:aws:sagemaker:us-east-1:0:endpoint/x",
+        "EndpointStatus": "InService",
+    }
+    described |= {"CreationTime": changed, "LastModifiedTime": changed}
+    clients["sagemaker"].add_response("describe_endpoint", described, {"EndpointName": "dogs-dev"})
+    if changed_h < 2:
+        return
+    execution = {"executionArn": "a", "stateMachineArn": "m", "name": "n", "status": "RUNNING", "startDate": NOW}
+    clients["stepfunctions"].add_response("list_executions", {"executions": [execution] * running})
+    if not running:
+        clients["cloudwatch"].add_response("get_metric_statistics", {"Datapoints": [{"Sum": requests}] if requests else []})
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"changed_h": 1}, "was changed at"),
+        ({"running": 1}, "An execution is running"),
+        ({"requests": 3}, "3 requests since 2026-06-01 10:00"),
+    ],
+)
+def test_an_endpoint_that_is_used_or_changing_stays(clients: dict[str, Stubber], state: dict[str, Any], why: str):
+    quiet(clients, **state)
+    found = idle.decide(NOW, datetime.timedelta(hours=2))
+    assert found["asleep"] is False
+    assert why in found["why"]
+
+
+def test_an_endpoint_that_nobody_asks_is_removed_with_its_scaling(clients: dict[str, Stubber]):
+    quiet(clients)
+    assert idle.decide(NOW, datetime.timedelta(hours=2))["asleep"] is True
+    clients["application_autoscaling"].add_client_error("deregister_scalable_target", "ObjectNotFoundException")
+    clients["sagemaker"].add_response("delete_endpoint", {}, {"EndpointName": "dogs-dev"})
+    idle.remove(boto3.client("sagemaker"), "dogs-dev")
+
+
+def test_without_an_endpoint_there_is_nothing_to_remove(clients: dict[str, Stubber]):
+    clients["sagemaker"].add_client_error("describe_endpoint", "ValidationException", 'Could not find endpoint "x"')
+    assert idle.handle({}, None) == {"asleep": False, "why": "There is no endpoint."}
