@@ -67,12 +67,13 @@ def test_a_whole_prefix_is_classified_by_one_execution(finished, deployed, digit
     assert ended["status"] == "SUCCEEDED", ended.get("cause")
     assert deployed.denied() == denied
     place = json.loads(ended["output"])["predictions_uri"].removeprefix(f"s3://{bucket}/")
-    rows = pq.read_table(
-        io.BytesIO(s3.get_object(Bucket=bucket, Key=f"{place}predictions-algo-1.parquet")["Body"].read())
-    ).to_pylist()
+    keys = [item["Key"] for item in s3.list_objects_v2(Bucket=bucket, Prefix=place)["Contents"]]
+    assert len(keys) == 3
+    found = {key.rpartition(".")[2]: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+    rows = pq.read_table(io.BytesIO(found["parquet"])).to_pylist()
     assert len(rows) == 11
     right = [row for row in rows if row["label"] == row["file"].split("/")[0]]
     assert len(right) >= 8
     assert [row["file"] for row in rows if row["error"]] == ["notes.txt"]
-    text = s3.get_object(Bucket=bucket, Key=f"{place}predictions-algo-1.csv")["Body"].read().decode()
-    assert [line["file"] for line in csv.DictReader(io.StringIO(text))] == [row["file"] for row in rows]
+    assert json.loads(found["json"])["pictures"] == 11
+    assert [line["file"] for line in csv.DictReader(io.StringIO(found["csv"].decode()))] == [row["file"] for row in rows]
