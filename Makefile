@@ -83,6 +83,7 @@ lock: $(UV)  ## write uv.lock and the requirements files made from it
 	$(EXPORT) --only-group deploy -o requirements.txt
 	$(EXPORT) --only-group job $(addprefix --no-emit-package ,$(IN_CONTAINER)) -o model_code/requirements.txt
 	$(EXPORT) --only-group server -o model_code/requirements-server.txt
+	$(EXPORT) --only-group server-gpu -o model_code/requirements-server-gpu.txt
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .uv node_modules cdk.out build .pytest_cache .mypy_cache .ruff_cache

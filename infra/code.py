@@ -113,14 +113,16 @@ def copied_by(dockerfile: Path) -> list[Path]:
     return sorted(files)
 
 
-def server_folder() -> tuple[Path, str]:
+def server_folder(gpu: bool = False) -> tuple[Path, str]:
     """A folder with what the serving image is built from, and the image's tag: a hash of exactly those files."""
-    dockerfile = MODEL_CODE / "Dockerfile"
+    dockerfile = MODEL_CODE / ("Dockerfile.gpu" if gpu else "Dockerfile")
     if not dockerfile.is_file():
         raise ConfigError(f"{dockerfile} is missing; expected the serving image's Dockerfile: check out the repository again.")
     files = copied_by(dockerfile)
     tag = digest(files, MODEL_CODE)[:16]
-    return staged(f"server-{tag}", {path.relative_to(MODEL_CODE).as_posix(): path for path in files}), tag
+    named = {path.relative_to(MODEL_CODE).as_posix(): path for path in files}
+    named["Dockerfile"] = named.pop(dockerfile.name)  # what `docker build` looks for
+    return staged(f"server-{tag}", named), tag
 
 
 def staged(name: str, files: dict[str, Path]) -> Path:

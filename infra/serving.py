@@ -100,7 +100,7 @@ class ServerImage(Construct):
 
     def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig, role: iam.Role) -> None:
         super().__init__(scope, construct_id)
-        folder, self.tag = code.server_folder()
+        folder, self.tag = code.server_folder(config.endpoint.gpu)
         self.name = f"{config.prefix}-server"
         self.repository = ecr.Repository(
             self,
@@ -145,7 +145,7 @@ class ServerImage(Construct):
             build_spec=codebuild.BuildSpec.from_object({"version": "0.2", "phases": phases}),
             environment=codebuild.BuildEnvironment(
                 build_image=codebuild.LinuxBuildImage.STANDARD_7_0,
-                compute_type=codebuild.ComputeType.SMALL,
+                compute_type=codebuild.ComputeType.MEDIUM if config.endpoint.gpu else codebuild.ComputeType.SMALL,
                 privileged=True,
             ),
             environment_variables={name: codebuild.BuildEnvironmentVariable(value=value) for name, value in variables.items()},

@@ -66,7 +66,7 @@ def stride(pictures: int, image_size: int) -> int:
 
 def choose(folder: Path, sample: Sample, preprocessing: Preprocessing) -> list[dict[str, Any]]:
     """All forms with their figures, one of them chosen. Writes the int8 file beside model.onnx."""
-    candidates = {name: Candidate(name) for name in FORMS}
+    candidates = {name: Candidate(name) for name, form in FORMS.items() if form.runtime != "torch"}
     try:
         quantise(folder / "model.onnx", folder / "model.int8.onnx", sample, preprocessing)
     except Exception as problem:  # an operator that the quantiser does not know must not end a run: fp32 serves

@@ -1,6 +1,6 @@
-"""The forms of one model that a CPU can run: fp32, bf16 or int8, in ONNX Runtime or OpenVINO. No torch here.
+"""The forms of one model: fp32, bf16 or int8, in ONNX Runtime or OpenVINO, and torch where it is installed (not needed here).
 
-Every form is a file of the model artifact run by one of two engines. An engine answers logits, and where the file has it the
+Every form is a file of the model artifact run by one of three engines. An engine answers logits, and where the file has it the
 last feature map, from several threads at once.
 """
 
@@ -51,8 +51,11 @@ FORMS = {
         Form("openvino", "fp32", "model.onnx"),
         Form("openvino", "bf16", "model.onnx", _BF16),
         Form("openvino", "int8", "model.int8.onnx", _INT8),
+        Form("torch", "fp32", "weights.safetensors"),
+        Form("torch", "bf16", "weights.safetensors"),
     )
 }
+"""Those of torch need the image with torch (Dockerfile.gpu), which names one of them in MODEL_FORM."""
 
 
 def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -124,6 +127,10 @@ class OpenVinoEngine:
 
 def load(form: Form, folder: Path, threads: int) -> Engine:
     """The engine of a form whose file lies in ``folder``."""
+    if form.runtime == "torch":
+        from classifier.torch_engine import TorchEngine
+
+        return TorchEngine(folder, form.precision)
     if form.runtime == "openvino":
         return OpenVinoEngine(folder / form.file, threads, form.precision)
     return OnnxRuntimeEngine(folder / form.file, threads)

@@ -390,3 +390,13 @@ def test_scaling_is_limited_to_sagemaker(templates: dict[str, Any]):
         only = {"StringEquals": {"application-autoscaling:service-namespace": "sagemaker"}}
         assert all(entry["Condition"] == only for entry in found)
     assert "application-autoscaling:" not in json.dumps(templates["dev"])
+
+
+def test_machines_with_a_gpu_get_the_image_with_torch():
+    cpu, gpu = code.server_folder(), code.server_folder(gpu=True)
+    assert cpu[1] != gpu[1]
+    assert "requirements-server-gpu.txt" in (gpu[0] / "Dockerfile").read_text()
+    assert {"Dockerfile", "requirements-server-gpu.txt", "server.py", "classifier/torch_engine.py"} <= {
+        path.relative_to(gpu[0]).as_posix() for path in gpu[0].rglob("*") if path.is_file()
+    }
+    assert not (cpu[0] / "classifier" / "torch_engine.py").exists()

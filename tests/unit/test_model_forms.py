@@ -69,7 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_forms_are_timed_and_checked_and_the_fastest_good_one_is_chosen(tmp_path: Path, sample: choosing.Sample):
     write_onnx(tmp_path / "model.onnx")
     rows = choosing.choose(tmp_path, sample, PREPROCESSING)
-    assert [row["form"] for row in rows] == list(forms.FORMS)
+    assert [row["form"] for row in rows] == [name for name in forms.FORMS if not name.startswith("torch")]
     able = [row for row in rows if not row["refused"]]
     assert {"onnxruntime-fp32", "openvino-fp32"} <= {row["form"] for row in able}
     (chosen,) = [row for row in rows if row["chosen"]]
@@ -115,6 +115,26 @@ def test_the_runtimes_agree(model: Path, form: str):
     for name in COLOURS:
         expected = ServedModel(model).classify(serving.decode(colour(name)))
         assert np.abs(served.classify(serving.decode(colour(name))) - expected).max() < 1e-4
+
+
+def test_torch_gives_what_the_exported_network_gives(tmp_path: Path, one_thread: None):
+    """What the serving image for GPUs runs, here on the CPU."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = models.resnet18(num_classes=3).eval()
+    folder = write_model(tmp_path / "model", architecture="resnet18", stem="standard", num_classes=3, selftest=[])
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "weights.safetensors")
+    export._write_network(network, SIZE, folder)
+    batch = np.random.default_rng(0).standard_normal((2, 3, SIZE, SIZE), dtype=np.float32)
+    expected = ServedModel(folder).logits(batch)
+    served = ServedModel(folder, form="torch-fp32")
+    assert np.abs(served.logits(batch) - expected).max() < 1e-4
+    assert np.abs(ServedModel(folder, form="torch-bf16").logits(batch) - expected).max() < 0.2
+    png, label, _ = served.explain(serving.decode(colour("red")))
+    assert png.startswith(b"\x89PNG")
+    assert label in (0, 1, 2)
+    served.self_test(60_000)
 
 
 # --- heat maps -------------------------------------------------------------------------------------------------------------
