@@ -22,9 +22,8 @@ class TorchEngine:
     def __init__(self, folder: Path, precision: str) -> None:
         """``precision``: fp32 or bf16 (autocast)."""
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        network = model.build(
-            description["architecture"], int(description["num_classes"]), small_stem=description["stem"] == "small"
-        )
+        small = description["stem"] == "small"
+        network = model.build(description["architecture"], int(description["num_classes"]), small_stem=small)
         network.load_state_dict(load_file(folder / "weights.safetensors"))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
