@@ -29,6 +29,7 @@ import harness
 import numpy as np
 import psutil
 import samples
+from serving_load import FORM
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL_CODE = PROJECT / "model_code"
@@ -40,7 +41,7 @@ ARCHITECTURE = "resnet18"
 ENVIRONMENTS = {
     "torch": ["torch==2.13.0", "torchvision==0.28.0", "pillow", "fastapi==0.139.0", "uvicorn", "litserve==0.2.17",
               "torchserve==0.12.0", "torch-model-archiver==0.12.0", "pyyaml", "packaging", "nvgpu", "captum"],
-    "ray": ["ray[serve]", "onnxruntime", "openvino", "numpy", "pillow"],
+    "ray": ["ray[serve]", "protobuf>=7", "onnxruntime", "openvino", "numpy", "pillow"],
 }  # fmt: skip
 Json = dict[str, Any]
 
@@ -108,6 +109,8 @@ class Server:
     path: str = "/invocations"
     variables: dict[str, str] = field(default_factory=dict)
     patience_s: float = 120
+    form: bool = False
+    """Whether a picture is sent in a multipart form."""
 
 
 def _python(environment: str) -> str:
@@ -135,13 +138,19 @@ def _fastapi(port: int, processes: int) -> list[str]:
     return [*command, "--workers", str(processes)] if processes > 1 else command
 
 
+def _litserve(port: int, work: Path) -> list[str]:
+    return [_python("torch"), str(HERE / "serving_peers" / "litserve_app.py")]
+
+
 SERVERS = (
-    Server("ours", lambda port, work: [sys.executable, str(MODEL_CODE / "server.py"), "serve"]),
+    Server(
+        "ours",
+        lambda port, work: [sys.executable, str(MODEL_CODE / "server.py"), "serve"],
+        variables={"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"},  # as the Dockerfile says
+    ),
     Server("FastAPI, eager torch, 2 processes", lambda port, work: _fastapi(port, 2), "torch"),
     Server("FastAPI, eager torch, 1 process", lambda port, work: _fastapi(port, 1), "torch", variables={"BENCH_THREADS": "2"}),
-    Server(
-        "LitServe, eager torch, 2 workers", lambda port, work: [_python("torch"), f"{HERE}/serving_peers/litserve_app.py"], "torch"
-    ),
+    Server("LitServe, eager torch, 2 workers", _litserve, "torch", form=True),
     Server("TorchServe 0.12, eager torch, 2 workers", _torchserve, "torch", "/predictions/m"),
     Server(
         "Ray Serve, our form, 2 replicas",
@@ -190,8 +199,10 @@ def started(server: Server, model: Path, pictures: Path) -> Iterator[tuple[subpr
             command, env={**os.environ, **own, **server.variables}, cwd=work, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            body = sorted(pictures.glob("*.jpg"))[0].read_bytes()
-            while not _answers(f"http://127.0.0.1:{port}{server.path}", body):
+            body, kind = sorted(pictures.glob("*.jpg"))[0].read_bytes(), "image/jpeg"
+            if server.form:
+                body, kind = FORM + body + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
+            while not _answers(f"http://127.0.0.1:{port}{server.path}", body, kind):
                 if time.perf_counter() - begun > server.patience_s or process.poll() is not None:
                     raise TimeoutError(f"{server.name} did not answer: {(Path(work) / 'log').read_text()[-500:]}")
                 time.sleep(0.01)
@@ -222,8 +233,8 @@ def _free_port() -> int:
         return min(int(probe.getsockname()[1]), 60_000)
 
 
-def _answers(url: str, body: bytes) -> bool:
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "image/jpeg"})  # noqa: S310 - a server of ours
+def _answers(url: str, body: bytes, kind: str = "image/jpeg") -> bool:
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": kind})  # noqa: S310 - a server of ours
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - a server of ours
             return bool(answer.status == 200)
@@ -240,10 +251,10 @@ def memory_mb(pid: int) -> float:
     return total / 2**20
 
 
-def load(port: int, path: str, pictures: Path, clients: int, seconds: float, rate: float = 0) -> Json:
+def load(port: int, server: Server, pictures: Path, clients: int, seconds: float, rate: float = 0) -> Json:
     """Load from a process of its own."""
-    command = [sys.executable, str(HERE / "serving_load.py"), str(port), path, "--pictures", str(pictures)]
-    command += ["--clients", str(clients), "--seconds", str(seconds), "--rate", str(rate)]
+    command = [sys.executable, str(HERE / "serving_load.py"), str(port), server.path, "--pictures", str(pictures)]
+    command += ["--clients", str(clients), "--seconds", str(seconds), "--rate", str(rate), *(["--form"] if server.form else [])]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
@@ -291,9 +302,9 @@ def bench_throughput(model: Path, pictures: Path, seconds: float) -> None:
             continue
         try:
             with started(server, model, pictures) as (process, port, start_s):
-                load(port, server.path, pictures, 2, 2)
-                found = {clients: load(port, server.path, pictures, clients, seconds) for clients in CLIENTS}
-                half = load(port, server.path, pictures, 64, seconds, found[16]["per_s"] / 2)
+                load(port, server, pictures, 2, 2)
+                found = {clients: load(port, server, pictures, clients, seconds) for clients in CLIENTS}
+                half = load(port, server, pictures, 64, seconds, found[16]["per_s"] / 2)
                 rates = [found[clients]["per_s"] for clients in CLIENTS]
                 rows.append([server.name, *rates, found[16]["p99_ms"], half["p99_ms"], memory_mb(process.pid), start_s])
                 print(rows[-1], {clients: one["statuses"] for clients, one in found.items()}, found[16]["client_cpu"], flush=True)
@@ -323,16 +334,18 @@ def bench_start(model: Path, pictures: Path, seconds: float) -> None:
 def bench_overload(model: Path, pictures: Path, seconds: float) -> None:
     """Ten times what the server can do: what is accepted, what is refused, /ping meanwhile, memory, and the time after."""
     with started(SERVERS[0], model, pictures) as (process, port, _):
-        usual = load(port, "/invocations", pictures, 16, 8)
+        usual = load(port, SERVERS[0], pictures, 16, 8)
         before_mb = memory_mb(process.pid)
         pings: list[float] = []
+        early_mb, begun = 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool:
-            under_way = pool.submit(load, port, "/invocations", pictures, 400, seconds, 10 * usual["per_s"])
+            under_way = pool.submit(load, port, SERVERS[0], pictures, 400, seconds, 10 * usual["per_s"])
             while not under_way.done():
                 asked = time.perf_counter()
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=10) as answer:
                     assert answer.status == 200
                 pings.append((time.perf_counter() - asked) * 1000)
+                early_mb = memory_mb(process.pid) if time.perf_counter() - begun < 20 else early_mb
                 time.sleep(0.5)
             found = under_way.result()
         ended, body = time.perf_counter(), sorted(pictures.glob("*.jpg"))[0].read_bytes()
@@ -352,6 +365,7 @@ def bench_overload(model: Path, pictures: Path, seconds: float) -> None:
         ["p99 of the accepted, ms", found["p99_ms"]],
         ["slowest /ping, ms", max(pings)],
         ["memory before, MB", before_mb],
+        ["memory after 20 s of it, MB", early_mb],
         ["memory after, MB", after_mb],
         ["normal again after, s", normal_s],
     ]

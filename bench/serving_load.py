@@ -48,10 +48,16 @@ class Connection:
             self.streams = None
 
 
-def requests_of(folder: Path, path: str) -> list[bytes]:
-    """Whole requests, a picture each."""
+FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+
+
+def requests_of(folder: Path, path: str, form: bool = False) -> list[bytes]:
+    """Whole requests, a picture each, as it is or in a form."""
     bodies = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nContent-Length: "
+    if form:
+        bodies = [FORM + body + b"\r\n--b--\r\n" for body in bodies]
+    kind = "multipart/form-data; boundary=b" if form else "image/jpeg"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: "
     return [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies]
 
 
@@ -101,8 +107,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--rate", type=float, default=0)
+    parser.add_argument("--form", action="store_true")
     flags = parser.parse_args()
-    requests, started, used = requests_of(flags.pictures, flags.path), time.perf_counter(), time.process_time()
+    requests, started, used = requests_of(flags.pictures, flags.path, flags.form), time.perf_counter(), time.process_time()
     if flags.rate:
         seen = asyncio.run(open_loop(flags.port, requests, flags.clients, flags.seconds, flags.rate))
     else:

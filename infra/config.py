@@ -227,6 +227,10 @@ class Endpoint(Section):
             raise ValueError(f"max_instances is {self.max_instances}; expected at least min_instances = {self.min_instances}")
         if self.mode == "serverless" and self.idle_hours:
             raise ValueError(f"idle_hours is {self.idle_hours} with mode serverless; expected 0: it costs nothing when idle anyway")
+        if self.update == "rolling" and self.canary_percent < 5:
+            raise ValueError(
+                f"canary_percent is {self.canary_percent} with update rolling; expected 5 to 50, as SageMaker takes it"
+            )
         if self.update != "all_at_once" and self.mode == "realtime" and self.min_instances < 2:
             # SageMaker's canary is at most half of the new fleet.
             raise ValueError(f"update is {self.update} with min_instances 1; expected at least 2 machines, or update all_at_once")

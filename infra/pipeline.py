@@ -495,7 +495,8 @@ def _change_states(config: StageConfig) -> Json:
     """Create or update, never two changes at once: an endpoint in motion is waited for."""
     create = _task("CreateEndpoint", f"{OPTIMIZED}:createEndpoint", requests.create_endpoint(config), "WaitForEndpoint")
     create["Assign"] = {"polls": 0, "previous_config": ""}
-    changed = "StopScaling" if config.endpoint.mode == "realtime" else "UpdateEndpoint"
+    unscaled = config.endpoint.mode == "realtime" and not config.endpoint.scales
+    changed = "StopScaling" if unscaled else "UpdateEndpoint"
     update = _task("UpdateEndpoint", f"{OPTIMIZED}:updateEndpoint", requests.update_endpoint(config), "WaitForEndpoint")
     update["Assign"] = {"polls": 0, "previous_config": ask("$endpoint.config")}
     delete = _task("DeleteFailedEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "WaitForOthers")
@@ -516,7 +517,7 @@ def _change_states(config: StageConfig) -> Json:
             "Default": "DeployFailed",
         },
         "CreateEndpoint": create,
-        **(_stop_scaling_states(config) if config.endpoint.mode == "realtime" else {}),
+        **(_stop_scaling_states(config) if unscaled else {}),
         "UpdateEndpoint": update,
         "DeleteFailedEndpoint": delete,
         "WaitForOthers": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "FindEndpoint"},
@@ -524,7 +525,7 @@ def _change_states(config: StageConfig) -> Json:
 
 
 def _stop_scaling_states(config: StageConfig) -> Json:
-    """SageMaker refuses an update that changes the machines of a variant that is scaled; afterwards it is scaled again."""
+    """What an earlier configuration had scaled is not scaled any more; SageMaker wants that before other machines too."""
     stop = _task(
         "StopScaling", f"{SDK}:applicationautoscaling:deregisterScalableTarget", requests.scalable_target(config), "UpdateEndpoint"
     )
@@ -681,12 +682,16 @@ def _restore_states(config: StageConfig) -> Json:
     restore = _task(
         "RestorePrevious",
         f"{OPTIMIZED}:updateEndpoint",
-        requests.update_endpoint(config, "$previous_config"),
+        requests.restore_endpoint(config),
         "WaitForRestore",
     )
     restore["Assign"] = {"polls": 0}
     restore["Retry"] = [_retry(["States.TaskFailed"], interval_s=5, attempts=4)]
     restore["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "CleanUp"}]
+    lost = (
+        "' The previous configuration ' & $previous_config & ' did not come back: the endpoint is ' & $endpoint.status & "
+        "' with ' & $endpoint.config & '. ' & $endpoint.reason"
+    )
     remove = _task("RemoveEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "CleanUp")
     remove["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "CleanUp"}]
     moving = f"$endpoint.status in {json.dumps(WAITING)} and $polls < {_max_polls(config)}"
@@ -705,8 +710,22 @@ def _restore_states(config: StageConfig) -> Json:
         "CheckRestore": _describe(config, "CheckRestore", "Restored"),
         "Restored": {
             "Type": "Choice",
-            "Choices": [{"Condition": ask(moving), "Next": "WaitForRestore"}],
-            "Default": "CleanUp",
+            "Choices": [
+                {"Condition": ask(moving), "Next": "WaitForRestore"},
+                {"Condition": ask("$endpoint.config = $previous_config"), "Next": "CleanUp"},
+            ],
+            "Default": "NotRestored",
+        },
+        "NotRestored": {
+            "Type": "Pass",
+            "Assign": {
+                "failure": {
+                    "state": ask("$failure.state"),
+                    "error": ask("$failure.error"),
+                    "cause": ask(f"{_reason()} & {lost}"),
+                }
+            },
+            "Next": "CleanUp",
         },
         "RemoveEndpoint": remove,
     }

@@ -567,16 +567,26 @@ def create_endpoint(config: StageConfig) -> Json:
     }
 
 
-def update_endpoint(config: StageConfig, expression: str = "$endpoint_config") -> Json:
-    """UpdateEndpoint to another configuration; a real-time endpoint goes back by itself when one of its alarms rings meanwhile."""
-    request: Json = {"EndpointName": config.prefix, "EndpointConfigName": ask(expression)}
+def update_endpoint(config: StageConfig) -> Json:
+    """UpdateEndpoint to the new configuration; a real-time endpoint goes back by itself when one of its alarms rings meanwhile."""
+    request: Json = {"EndpointName": config.prefix, "EndpointConfigName": ask("$endpoint_config")}
     if config.endpoint.mode == "realtime":
         request["DeploymentConfig"] = {
             **_shifting(config.endpoint),
             "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": name} for name in rollback_alarms(config)]},
         }
-        # As many machines as scaling has made of the old ones; a serverless variant has none to retain.
-        request["RetainAllVariantProperties"] = ask("$endpoint.instances > 0")
+        if config.endpoint.scales:
+            # As many machines as scaling has made of the old ones.
+            request["RetainAllVariantProperties"] = ask("$endpoint.instances > 0")
+    return request
+
+
+def restore_endpoint(config: StageConfig) -> Json:
+    """UpdateEndpoint back to what served before: at once, and whatever rings because of the model that goes."""
+    request: Json = {"EndpointName": config.prefix, "EndpointConfigName": ask("$previous_config")}
+    if config.endpoint.mode == "realtime":
+        routing = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 0}
+        request["DeploymentConfig"] = {"BlueGreenUpdatePolicy": {"TrafficRoutingConfiguration": routing}}
     return request
 
 

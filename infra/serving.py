@@ -174,16 +174,18 @@ class PredictApi(Construct):
         self.api.root.add_method("GET", integration)
         self.api.root.add_resource("health").add_method("GET", integration)
         self.api.root.add_resource("openapi.json").add_method("GET", integration)
-        self.api.root.add_resource("labels").add_method("GET", integration, **closed)
+        labels = self.api.root.add_resource("labels")
+        labels.add_method("GET", integration, **closed)
         predict = self.api.root.add_resource("predict")
         asked = [predict, predict.add_resource("batch"), self.api.root.add_resource("explain")]
         for resource in asked:
             resource.add_method("POST", integration, **closed)
-            if config.api.cors_origins:
+        if config.api.cors_origins:
+            for resource in (labels, *asked):
                 # Browsers ask first, without a token. The Lambda names the one origin that it was asked from.
                 resource.add_cors_preflight(
                     allow_origins=list(config.api.cors_origins),
-                    allow_methods=["POST"],
+                    allow_methods=["GET" if resource is labels else "POST"],
                     allow_headers=["Authorization", "Content-Type", "Accept"],
                     max_age=Duration.hours(1),
                 )

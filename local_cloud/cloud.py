@@ -68,6 +68,7 @@ class LocalCloud:
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
         emulator.count_embedded_metrics()
+        emulator.correct_alarms()
 
     # -- What the services see (local_cloud.service.Cloud) --
 

@@ -215,6 +215,26 @@ def count_embedded_metrics() -> None:
     lambda_svc._emit_lambda_logs = count
 
 
+def correct_alarms() -> None:
+    """An alarm without data in its window, whose missing data are not breaching, falls silent (ministack: it keeps its state)."""
+    from ministack.services import cloudwatch
+
+    evaluate = cloudwatch._evaluate_alarm
+
+    def silenced(alarm: dict[str, Any]) -> None:
+        evaluate(alarm)
+        if alarm.get("TreatMissingData") != "notBreaching" or alarm.get("StateValue") != "ALARM" or not alarm.get("MetricName"):
+            return
+        start = time.time() - alarm.get("Period", 60) * alarm.get("EvaluationPeriods", 1)
+        name = (alarm["Namespace"], alarm["MetricName"])
+        if not any(
+            point["Timestamp"] >= start for key, points in cloudwatch._metrics.items() if key[:2] == name for point in points
+        ):
+            alarm["StateValue"], alarm["StateReason"] = "OK", "No data in the alarm's window: treated as not breaching"
+
+    cloudwatch._evaluate_alarm = silenced
+
+
 def embedded_metrics(log_text: str) -> list[tuple[str, str, float, dict[str, str]]]:
     """``(namespace, metric, value, dimensions)`` of the lines that are metrics."""
     found = []

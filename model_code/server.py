@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,8 +37,12 @@ from starlette.routing import Route
 MAX_BODY = 6 * 2**20
 """SageMaker's own limit of a real-time invocation is 6 MiB."""
 WORKERS = int(os.environ.get("INFERENCE_WORKERS", "0")) or cpu_count()
-MAX_WAITING = int(os.environ.get("MAX_WAITING", "0")) or 16 * WORKERS
-"""Pictures in the house at once; the next one is told to come back instead of queueing without end."""
+MAX_WAIT_S = float(os.environ.get("MAX_WAIT_S", "0.5"))
+"""A picture that would wait longer than this for its turn is told to come back instead of queueing without end."""
+MIN_INSIDE = 4 * WORKERS
+"""So many pictures are let in however slow the model is."""
+SMOOTHING = 0.05
+"""Weight of the newest picture in the moving average of the time that one takes."""
 SELF_TEST_MAX_MS = float(os.environ.get("SELF_TEST_MAX_MS", "5000"))
 BODY_TIMEOUT_S = 15.0
 """How long a client may take to send its body."""
@@ -54,6 +59,8 @@ class Service:
         self.problem = "the model is being loaded"
         self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self.inside = 0
+        self.pace_s = 0.0
+        """Moving average of a worker's time for a picture."""
 
     def load(self) -> None:
         """Load and prove the model, so that /ping says yes only when right answers are possible."""
@@ -74,8 +81,9 @@ class Service:
 
     @contextlib.contextmanager
     def room_for(self, pictures: int) -> Iterator[None]:
-        """Holds places in the house. Raises RequestError 429 when there are none."""
-        if self.inside and self.inside + pictures > MAX_WAITING:
+        """Holds places in the house. Raises RequestError 429 when too many wait already."""
+        inside = self.inside + pictures
+        if self.inside and inside > MIN_INSIDE and inside * self.pace_s / WORKERS > MAX_WAIT_S:
             raise RequestError(429, "too_many_requests", f"{self.inside} pictures are being served: try again in a second")
         self.inside += pictures
         try:
@@ -85,7 +93,11 @@ class Service:
 
     def one(self, body: bytes, parameters: Parameters) -> dict[str, Any]:
         """Decode and predict; runs in a worker thread. Raises RequestError."""
-        return predict_fn(decoded(body), self.ready(), parameters)
+        started = time.perf_counter()
+        answer = predict_fn(decoded(body), self.ready(), parameters)
+        took = time.perf_counter() - started
+        self.pace_s += SMOOTHING * (took - self.pace_s) if self.pace_s else took
+        return answer
 
     def one_of_many(self, body: bytes, parameters: Parameters) -> dict[str, Any]:
         """Like ``one``, but an error is a result: the other pictures' answers are not lost."""

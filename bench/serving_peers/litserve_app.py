@@ -11,16 +11,16 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.model = Eager()
 
-    async def decode_request(self, request: Request) -> bytes:
-        return await request.body()
+    def decode_request(self, request: Request) -> bytes:
+        return request["file"].file.read()  # LitServe reads JSON or forms, no plain bodies
 
-    async def predict(self, body: bytes) -> dict[str, object]:
+    def predict(self, body: bytes) -> dict[str, object]:
         return self.model.answer(body)
 
-    async def encode_response(self, output: dict[str, object]) -> dict[str, object]:
+    def encode_response(self, output: dict[str, object]) -> dict[str, object]:
         return output
 
 
 if __name__ == "__main__":
-    server = litserve.LitServer(Api(api_path="/invocations", enable_async=True), accelerator="cpu", workers_per_device=2)
+    server = litserve.LitServer(Api(api_path="/invocations"), accelerator="cpu", workers_per_device=2)
     server.run(host="127.0.0.1", port=int(os.environ["BENCH_PORT"]), generate_client_file=False, log_level="error")

@@ -11,7 +11,7 @@ import time
 
 
 def count(name: str) -> None:
-    """One more of ``name``: ``InvalidAnswers`` or ``ModelErrors``, which a deployment's rollback alarm watches."""
+    """One more of ``name``: ``InvalidAnswers``, which a rollback alarm watches, or ``ModelErrors``, which SageMaker counts too."""
     namespace = os.environ.get("METRIC_NAMESPACE")
     if not namespace:
         return

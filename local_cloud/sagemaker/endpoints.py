@@ -229,22 +229,26 @@ class Server:
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
-    def invoke(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
-        """POST /invocations. Raises ``ThrottledError``, ``TimeoutError``, ``OSError`` or ``http.client.HTTPException``."""
+    def reserve(self) -> None:
+        """Hold a place for an invocation, so that nobody ends the server before it is answered. Raises ``ThrottledError``."""
         with self._lock:
             if self.serverless is not None and self._active >= self.serverless["MaxConcurrency"]:
                 raise ThrottledError
             self._active += 1
-        try:
-            if not self._ready.wait(self._settings.invocation_timeout if self.alive else 0):
-                msg = "the server is not running"
-                raise ConnectionError(msg)
-            sent = {"content-type": "application/octet-stream", **headers}
-            return _http("POST", self._port, "/invocations", body, sent, self._settings.invocation_timeout)
-        finally:
-            with self._idle:
-                self._active -= 1
-                self._idle.notify_all()
+
+    def release(self) -> None:
+        """Give a place back."""
+        with self._idle:
+            self._active -= 1
+            self._idle.notify_all()
+
+    def invoke(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        """POST /invocations, with a place reserved. Raises ``TimeoutError``, ``OSError`` or ``http.client.HTTPException``."""
+        if not self._ready.wait(self._settings.invocation_timeout if self.alive else 0):
+            msg = "the server is not running"
+            raise ConnectionError(msg)
+        sent = {"content-type": "application/octet-stream", **headers}
+        return _http("POST", self._port, "/invocations", body, sent, self._settings.invocation_timeout)
 
     def drain(self) -> None:
         """Wait for the invocations under way."""
@@ -486,6 +490,15 @@ class Endpoints:
             server = self._choose(name, given.get("x-amzn-sagemaker-target-variant"))
         except ServiceError as error:
             return _error(400, "ValidationError", error.message)
+        except ThrottledError:
+            return _error(429, "ThrottlingException", "Rate exceeded: the endpoint's MaxConcurrency is reached. Try again later.")
+        try:
+            return self._invoke(name, server, body, given)
+        finally:
+            server.release()
+
+    def _invoke(self, name: str, server: Server, body: bytes, given: Mapping[str, str]) -> Answer:
+        """Ask a server that is reserved."""
         limit = SERVERLESS_BODY if server.serverless else REAL_TIME_BODY
         if len(body) > limit:
             return _error(413, "ValidationError", f"Request size {len(body)} bytes exceeds the limit of {limit} bytes: send less.")
@@ -493,8 +506,6 @@ class Endpoints:
         try:
             status, answered, content = server.invoke(body, {key: given[key] for key in _FORWARDED if key in given})
             self._metrics.note(name, server.name, status, time.perf_counter() - started)
-        except ThrottledError:
-            return _error(429, "ThrottlingException", "Rate exceeded: the endpoint's MaxConcurrency is reached. Try again later.")
         except TimeoutError:
             self._metrics.note(name, server.name, 0, time.perf_counter() - started)
             words = "Your invocation timed out while waiting for a response from container primary"
@@ -511,6 +522,7 @@ class Endpoints:
         return 200, result, content
 
     def _choose(self, name: str, target: str | None) -> Server:
+        """A server with a place reserved. Raises ``ServiceError`` or ``ThrottledError``."""
         with self._lock:
             endpoint = self._endpoints.get(name)
             if endpoint is None:
@@ -523,8 +535,10 @@ class Endpoints:
             if not servers:
                 status = endpoint.record["EndpointStatus"]
                 raise invalid(f"Endpoint {name} of account {self._cloud.account} is not in service: its status is {status}.")
-        weights = [server.variant["InitialVariantWeight"] for server in servers]
-        return random.choices(servers, weights if sum(weights) else None)[0]  # noqa: S311 - spreads load, guards nothing
+            weights = [server.variant["InitialVariantWeight"] for server in servers]
+            chosen = random.choices(servers, weights if sum(weights) else None)[0]  # noqa: S311 - spreads load, guards nothing
+            chosen.reserve()  # while the fleets cannot change
+            return chosen
 
     def _model_error(self, server: Server, status: int, message: str) -> Answer:
         side = "client" if 400 <= status < 500 else "server"
@@ -542,6 +556,10 @@ def _ringing(client: Any, alarms: list[str]) -> list[str]:
     if not alarms:
         return []
     found = client.describe_alarms(AlarmNames=alarms)["MetricAlarms"]
+    missing = sorted(set(alarms) - {alarm["AlarmName"] for alarm in found})
+    if missing:
+        msg = f"the alarm {missing[0]} of the DeploymentConfig does not exist: create it, or correct its name"
+        raise RollbackError(msg)
     return [str(alarm["AlarmName"]) for alarm in found if alarm["StateValue"] == "ALARM"]
 
 

@@ -45,7 +45,7 @@ _PACKAGE = frozenset(
 )
 
 _SHIFT = (
-    *("TrafficRoutingConfiguration.Type", "TrafficRoutingConfiguration.WaitIntervalInSeconds", "TerminationWaitInSeconds"),
+    *("TrafficRoutingConfiguration.Type", "TrafficRoutingConfiguration.WaitIntervalInSeconds"),
     *("TrafficRoutingConfiguration.CanarySize", "TrafficRoutingConfiguration.LinearStepSize"),
 )
 _DEPLOYMENT = (
@@ -167,8 +167,11 @@ IGNORED: dict[str, dict[str, str]] = {
 }
 """Accepted, described, without effect here: field → reason."""
 IGNORED["UpdateEndpoint"] = {
-    f"DeploymentConfig.{policy}.MaximumExecutionTimeoutInSeconds": "the health check has its own deadline"
-    for policy in ("BlueGreenUpdatePolicy", "RollingUpdatePolicy")
+    "DeploymentConfig.BlueGreenUpdatePolicy.TerminationWaitInSeconds": "the old server stops when its requests are answered",
+    **{
+        f"DeploymentConfig.{policy}.MaximumExecutionTimeoutInSeconds": "the health check has its own deadline"
+        for policy in ("BlueGreenUpdatePolicy", "RollingUpdatePolicy")
+    },
 }
 
 _VPC = "local containers share this machine's network"
@@ -261,7 +264,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "VpcConfig": _VPC,
         "ExecutionRoleArn": "inference components are not emulated",
         "EnableNetworkIsolation": _VPC,
-        "MetricsConfig": "endpoint metrics are not published",
+        "MetricsConfig": "endpoint metrics are published as they are",
         "ProductionVariants.AcceleratorType": "there is no accelerator",
         "ProductionVariants.ServerlessConfig.ProvisionedConcurrency": "servers are always warm here",
         "ProductionVariants.ManagedInstanceScaling": _ONE,

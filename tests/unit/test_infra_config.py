@@ -63,6 +63,7 @@ def test_override_changes_single_values():
         ({"override": '{"endpoint": {"min_instances": 3}}'}, "max_instances is 1; expected at least min_instances = 3"),
         ({"override": '{"endpoint": {"idle_hours": 2}}'}, "idle_hours is 2 with mode serverless; expected 0"),
         ({"override": '{"endpoint": {"mode": "realtime", "update": "canary"}}'}, "update is canary with min_instances 1"),
+        ({"override": '{"endpoint": {"update": "rolling", "canary_percent": 2}}'}, "canary_percent is 2 with update rolling"),
         ({"override": '{"api": {"cors_origins": ["*"]}}'}, "cors_origins"),
         ({"override": '{"name": "very-long-name"}'}, "name and stage make 'very-long-name-dev'; expected at most 12"),
         ({"override": '{"training": {"volume_gb": 1}}'}, "training.volume_gb is 1"),

@@ -1171,10 +1171,9 @@ def test_a_new_model_takes_over_behind_alarms_and_is_scaled_again():
     }
     machine, last, _ = walk({}, account=account, endpoint=REALTIME)
     assert last == "Done"
-    order = [
-        name for name in machine.visited if name in ("StopScaling", "UpdateEndpoint", "ScaleEndpoint", "FollowLoad", "SmokeTest")
-    ]
-    assert order == ["StopScaling", "UpdateEndpoint", "ScaleEndpoint", "FollowLoad", "SmokeTest"]
+    named = ["UpdateEndpoint", "ScaleEndpoint", "FollowLoad", "SmokeTest"]
+    assert [name for name in machine.visited if name in named] == named
+    assert "StopScaling" not in machine.visited  # a model that is taken back leaves the old one scaled
     update = machine.requests["UpdateEndpoint"]
     routing = update["DeploymentConfig"]["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
     assert routing == {
@@ -1187,19 +1186,23 @@ def test_a_new_model_takes_over_behind_alarms_and_is_scaled_again():
     assert update["RetainAllVariantProperties"] is True  # three machines, as the load had made them
     assert machine.requests["ScaleEndpoint"]["ResourceId"] == "endpoint/dogs-dev/variant/main"
     assert (machine.requests["ScaleEndpoint"]["MinCapacity"], machine.requests["ScaleEndpoint"]["MaxCapacity"]) == (2, 4)
-    for name, service in (("StopScaling", "DeregisterScalableTarget"), ("ScaleEndpoint", "RegisterScalableTarget")):
-        assert _problems(service, machine.requests[name], "application-autoscaling") == []
+    assert _problems("RegisterScalableTarget", machine.requests["ScaleEndpoint"], "application-autoscaling") == []
     assert _problems("PutScalingPolicy", machine.requests["FollowLoad"], "application-autoscaling") == []
     assert _problems("UpdateEndpoint", update) == []
 
 
-def test_an_endpoint_that_was_not_scaled_is_updated_all_the_same():
-    missing = TaskError("ApplicationAutoScaling.ObjectNotFoundException", "No scalable target registered")
-    account = Account(StopScaling=missing)
+@pytest.mark.parametrize(
+    "answer", [{}, TaskError("ApplicationAutoScaling.ObjectNotFoundException", "No scalable target registered")]
+)
+def test_without_scaling_an_earlier_one_ends_before_the_update(answer: Any):
+    account = Account(StopScaling=answer or None)
     account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
-    machine, last, _ = walk({}, account=account, endpoint=REALTIME)
+    machine, last, _ = walk({}, account=account, endpoint={**REALTIME, "max_instances": 2})
     assert last == "Done"
-    assert machine.requests["UpdateEndpoint"]["RetainAllVariantProperties"] is False
+    assert machine.visited.index("StopScaling") < machine.visited.index("UpdateEndpoint")
+    assert "RetainAllVariantProperties" not in machine.requests["UpdateEndpoint"]  # min_instances may have changed
+    assert not {"ScaleEndpoint", "FollowLoad"} & set(machine.visited)
+    assert _problems("DeregisterScalableTarget", machine.requests["StopScaling"], "application-autoscaling") == []
 
 
 def test_a_rolling_update_replaces_a_share_of_the_machines():
@@ -1229,7 +1232,26 @@ def test_without_scaling_a_deployment_is_not_what_was_asked_for():
     machine, last, cause = walk({}, account=account, endpoint=REALTIME)
     assert last == "Failed"
     assert "too many policies" in str(cause)
-    assert machine.requests["RestorePrevious"]["EndpointConfigName"] == "dogs-dev-old"
+    restored = machine.requests["RestorePrevious"]
+    assert restored["EndpointConfigName"] == "dogs-dev-old"
+    # What rings because of the model that goes must not bring it back.
+    assert "AutoRollbackConfiguration" not in restored["DeploymentConfig"]
+    assert restored["DeploymentConfig"]["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]["Type"] == "ALL_AT_ONCE"
+    assert _problems("UpdateEndpoint", restored) == []
+
+
+def test_a_restoration_that_fails_is_said():
+    account = Account(SmokeTest=TaskError("SmokeTestError", "wrong labels."))
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    account.faults["CheckRestore"] = {
+        "EndpointStatus": "InService",
+        "EndpointConfigName": "dogs-dev-new",
+        "FailureReason": "no machine",
+    }
+    _, last, cause = walk({}, account=account, endpoint=REALTIME)
+    assert last == "Failed"
+    assert "wrong labels. The previous configuration dogs-dev-old did not come back" in str(cause)
+    assert "no machine" in str(cause)
 
 
 # --- batch -----------------------------------------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def test_other_origins_are_let_in_by_name_only(templates: dict[str, Any]):
         for m in of_type(templates["idle"], "AWS::ApiGateway::Method").values()
         if m["Properties"]["HttpMethod"] == "OPTIONS"
     ]
-    assert len(asked) == 3
+    assert len(asked) == 4
     assert all(method["AuthorizationType"] == "NONE" for method in asked)
     assert all("https://www.example.com" in json.dumps(method) and "'*'" not in json.dumps(method) for method in asked)
     plain = of_type(templates["dev"], "AWS::ApiGateway::Method").values()

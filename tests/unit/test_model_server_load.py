@@ -95,7 +95,7 @@ def test_too_much_is_refused_and_everything_is_accounted_for(model: Path, free_p
                 with lock:
                     seen[answer.status_code] += 1
 
-    with container(model, free_port, INFERENCE_WORKERS="1", MAX_WAITING="4") as (_, address):
+    with container(model, free_port, INFERENCE_WORKERS="1", MAX_WAIT_S="0.05") as (_, address):
         threads = [threading.Thread(target=post, args=(address,)) for _ in range(40)]
         for thread in threads:
             thread.start()
