@@ -6,6 +6,7 @@ last feature map, from several threads at once.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ class OpenVinoEngine:
     """A compiled model of OpenVINO with a stream for each of ``threads``, and a request for each thread that calls."""
 
     def __init__(self, path: Path, threads: int, precision: str) -> None:
+        # The converter, which OpenVINO takes along where it can, is a third of its import, and brings telemetry.
+        sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
         import openvino
 
         properties = {
