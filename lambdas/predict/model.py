@@ -21,8 +21,8 @@ _RUNTIME = Config(connect_timeout=2, read_timeout=18, retries={"max_attempts": 0
 RETRY_WITHIN_S = 5
 """A failed call is repeated if it failed this fast: while a new model takes over, the next call most likely meets the old one."""
 TRIES = 3
-_OTHERS = Config(connect_timeout=2, read_timeout=8, retries={"max_attempts": 0})
-"""For S3 and Step Functions, of which a waking request asks both: a client that is told 503 tries again by itself."""
+_OTHERS = Config(connect_timeout=1, read_timeout=7, retries={"max_attempts": 0})
+"""For S3 and Step Functions; a waking request makes three such calls at most. A client that is told 503 tries again by itself."""
 _LABELS_TTL_S = 60
 
 _TRANSIENT = {

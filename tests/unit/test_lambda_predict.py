@@ -277,3 +277,5 @@ def test_clients_have_time_limits_below_api_gateways():
     client = boto3.client("sagemaker-runtime", config=model_module._RUNTIME)
     longest = client.meta.config.read_timeout + client.meta.config.connect_timeout
     assert model_module.RETRY_WITHIN_S + longest < 27
+    others = model_module._OTHERS
+    assert 3 * (others.connect_timeout + others.read_timeout) < 27
