@@ -85,6 +85,24 @@ def moto_cloud(root: Path) -> Iterator[FakeCloud]:
         server.stop()
 
 
+SERVER_URI = "123456789012.dkr.ecr.us-east-1.amazonaws.com/server:t1"
+
+
+@contextlib.contextmanager
+def serving_cloud(root: Path, program: str) -> Iterator[FakeCloud]:
+    """A fake cloud whose registry has a serving image, SERVER_URI, that runs ``program``."""
+    with moto_cloud(root) as cloud:
+        ecr = cloud.client("ecr")
+        ecr.create_repository(repositoryName="server")
+        kind = "application/vnd.docker.distribution.manifest.v2+json"
+        part = {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": "sha256:" + "a" * 64}
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": part, "layers": []})
+        made = ecr.put_image(repositoryName="server", imageManifest=manifest, imageManifestMediaType=kind, imageTag="t1")
+        ecr.close()
+        write_image(cloud.root, "server", "t1", program, made["image"]["imageId"]["imageDigest"])
+        yield cloud
+
+
 class Client:
     """Calls a service as the local cloud's front door does: request and answer checked against botocore's model."""
 

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from local_fakes import BUCKET, CALLER, IMAGE, ROLE, Client, FakeCloud, archive, moto_cloud, wait, write_image
+from local_fakes import BUCKET, CALLER, IMAGE, ROLE, SERVER_URI, Client, FakeCloud, archive, serving_cloud, wait
 
 from local_cloud.images import Images
 from local_cloud.sagemaker import SageMaker, Settings
 from local_cloud.sagemaker.endpoints import SERVERLESS_BODY
 from local_cloud.service import ServiceError
 
-URI = "123456789012.dkr.ecr.us-east-1.amazonaws.com/server:t1"
 SERVER = """
 import http.server, json, os, sys, time
 assert sys.argv[1] == "serve"
@@ -47,15 +46,7 @@ BUSY = ("Creating", "Updating", "Deleting")
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCloud]:
-    with moto_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
-        ecr = cloud.client("ecr")
-        ecr.create_repository(repositoryName="server")
-        kind = "application/vnd.docker.distribution.manifest.v2+json"
-        part = {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": "sha256:" + "a" * 64}
-        manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": part, "layers": []})
-        made = ecr.put_image(repositoryName="server", imageManifest=manifest, imageManifestMediaType=kind, imageTag="t1")
-        ecr.close()
-        write_image(cloud.root, "server", "t1", SERVER, made["image"]["imageId"]["imageDigest"])
+    with serving_cloud(tmp_path_factory.mktemp("cloud"), SERVER) as cloud:
         yield cloud
 
 
@@ -74,7 +65,11 @@ def call(sagemaker: SageMaker) -> Client:
 def deployable(cloud: FakeCloud, call: Client, name: str, **variant: Any) -> None:
     """A model and an endpoint configuration of this name whose server tells the name."""
     cloud.put(f"models/{name}.tar.gz", archive({"name": name, "code/x.py": ""}))
-    container = {"Image": URI, "ModelDataUrl": f"s3://{BUCKET}/models/{name}.tar.gz", "Environment": {"EXTRA": "/opt/ml/model"}}
+    container = {
+        "Image": SERVER_URI,
+        "ModelDataUrl": f"s3://{BUCKET}/models/{name}.tar.gz",
+        "Environment": {"EXTRA": "/opt/ml/model"},
+    }
     call("CreateModel", ModelName=name, PrimaryContainer=container, ExecutionRoleArn=ROLE)
     serverless = {"ServerlessConfig": {"MemorySizeInMB": 1024, "MaxConcurrency": 1}}
     production = {"VariantName": "all", "ModelName": name, **(variant or serverless)}
@@ -149,7 +144,7 @@ def gone(call: Client, name: str) -> None:
 
 def test_a_failed_endpoint_says_why_and_can_only_be_deleted(cloud: FakeCloud, call: Client) -> None:
     cloud.put("models/none.tar.gz", b"not an archive")
-    container = {"Image": URI, "ModelDataUrl": f"s3://{BUCKET}/models/none.tar.gz"}
+    container = {"Image": SERVER_URI, "ModelDataUrl": f"s3://{BUCKET}/models/none.tar.gz"}
     call("CreateModel", ModelName="none", PrimaryContainer=container, ExecutionRoleArn=ROLE)
     variant = {"VariantName": "v", "ModelName": "none", "ServerlessConfig": {"MemorySizeInMB": 2048, "MaxConcurrency": 5}}
     call("CreateEndpointConfig", EndpointConfigName="none", ProductionVariants=[variant])
@@ -183,7 +178,7 @@ def test_versions_of_a_model_package_and_a_model_from_one(cloud: FakeCloud, sage
     with pytest.raises(ServiceError, match="already exists"):
         call("CreateModelPackageGroup", ModelPackageGroupName="dogs")
     specification = {
-        "Containers": [{"Image": URI, "ModelDataUrl": f"s3://{BUCKET}/models/x.tar.gz"}],
+        "Containers": [{"Image": SERVER_URI, "ModelDataUrl": f"s3://{BUCKET}/models/x.tar.gz"}],
         "SupportedContentTypes": ["image/png"],
         "SupportedResponseMIMETypes": ["application/json"],
     }

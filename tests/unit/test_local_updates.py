@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from local_fakes import BUCKET, ROLE, Client, FakeCloud, archive, moto_cloud, wait, write_image
+from local_fakes import BUCKET, ROLE, SERVER_URI, Client, FakeCloud, archive, serving_cloud, wait
 
 from local_cloud.emulator import embedded_metrics
 from local_cloud.images import Images
@@ -21,7 +21,6 @@ from local_cloud.sagemaker.endpoints import _steps
 from local_cloud.scaling import Scaling
 from local_cloud.service import ServiceError
 
-URI = "123456789012.dkr.ecr.us-east-1.amazonaws.com/server:t1"
 SERVER = """
 import http.server, os, sys
 name = open(os.environ["SM_MODEL_DIR"] + "/name").read()
@@ -62,15 +61,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCloud]:
-    with moto_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
-        ecr = cloud.client("ecr")
-        ecr.create_repository(repositoryName="server")
-        kind = "application/vnd.docker.distribution.manifest.v2+json"
-        part = {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": "sha256:" + "a" * 64}
-        manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": part, "layers": []})
-        made = ecr.put_image(repositoryName="server", imageManifest=manifest, imageManifestMediaType=kind, imageTag="t1")
-        ecr.close()
-        write_image(cloud.root, "server", "t1", SERVER, made["image"]["imageId"]["imageDigest"])
+    with serving_cloud(tmp_path_factory.mktemp("cloud"), SERVER) as cloud:
         alarms = cloud.client("cloudwatch")
         alarms.put_metric_alarm(
             AlarmName=ALARM, ComparisonOperator="GreaterThanThreshold", EvaluationPeriods=1, Threshold=1,
@@ -93,7 +84,7 @@ def call(cloud: FakeCloud, sagemaker: SageMaker) -> Client:
     client = Client(sagemaker)
     for name in ("old", "new", "does-not-start", "fails-its-self-test", "dies"):
         cloud.put(f"models/{name}.tar.gz", archive({"name": name}))
-        container = {"Image": URI, "ModelDataUrl": f"s3://{BUCKET}/models/{name}.tar.gz"}
+        container = {"Image": SERVER_URI, "ModelDataUrl": f"s3://{BUCKET}/models/{name}.tar.gz"}
         client("CreateModel", ModelName=name, PrimaryContainer=container, ExecutionRoleArn=ROLE)
         variant = {"VariantName": "main", "ModelName": name, "InstanceType": "ml.m5.large", "InitialInstanceCount": 2}
         client("CreateEndpointConfig", EndpointConfigName=name, ProductionVariants=[variant])
