@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from classifier import choosing, evaluation, metrics, report_sections, reporting
 from classifier import dataset as datasets
-from classifier import evaluation, metrics, report_sections, reporting
 from classifier.errors import DataError
 from classifier.preparation import prepare
 from classifier.served_model import ServedModel
@@ -90,6 +90,12 @@ def test_numbers_do_not_depend_on_how_many_pictures_are_worked_on_at_once(monkey
     monkeypatch.setattr(metrics, "ROWS", 10)
     assert numbers() == pytest.approx(at_once, rel=1e-6)
     assert metrics.top_k_accuracy(logits, labels, 1) == (logits.argmax(axis=1) == labels).mean()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast a form is, is not under test here."""
+    monkeypatch.setattr(choosing, "TIMED_S", 0.01)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------------
