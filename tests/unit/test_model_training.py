@@ -140,7 +140,8 @@ def test_the_job_prints_the_metric_lines_and_leaves_the_artifact(job: Path):
     lines = [line for line in (job / "log").read_text().splitlines() if line.startswith("epoch=")]
     keys = ["epoch", "train_loss", "train_top1", "valid_loss", "valid_top1", "best_valid_top1", "learning_rate", "seconds"]
     assert [[pair.split("=")[0] for pair in line.split()] for line in lines] == [keys] * 3
-    assert {path.name for path in (job / "model").iterdir()} == {"model.json", "model.onnx", "weights.safetensors", "training.json"}
+    names = {"model.json", "model.onnx", "head.npy", "weights.safetensors", "training.json"}
+    assert {path.name for path in (job / "model").iterdir()} == names
     assert (job / "checkpoints" / "last.pt").is_file()
 
 
