@@ -40,8 +40,8 @@ CLIENTS = (1, 4, 16, 64)
 ARCHITECTURE = "resnet18"
 ENVIRONMENTS = {
     "torch": ["torch==2.13.0", "torchvision==0.28.0", "pillow", "fastapi==0.139.0", "uvicorn", "litserve==0.2.17",
-              "torchserve==0.12.0", "torch-model-archiver==0.12.0", "pyyaml", "packaging", "nvgpu", "captum"],
-    "ray": ["ray[serve]", "protobuf>=7", "onnxruntime", "openvino", "numpy", "pillow"],
+              "python-multipart", "torchserve==0.12.0", "torch-model-archiver==0.12.0", "pyyaml", "packaging", "nvgpu", "captum"],
+    "ray": ["ray[serve]==2.60.0", "grpcio-reflection<1.80", "onnxruntime", "openvino", "numpy", "pillow"],
 }  # fmt: skip
 Json = dict[str, Any]
 
