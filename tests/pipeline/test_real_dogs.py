@@ -32,6 +32,7 @@ def train(deployed, real_data: Path, data: str, scratch: Path):
     return [visit.name for visit in follower.visits], json.loads(ended["output"])
 
 
+@pytest.mark.slow
 def test_ten_breeds_on_cached_features(real_data, deployed, tmp_path):
     """0.933 is what a linear layer on the same features reaches, fitted apart; 60 test pictures."""
     states, output = train(deployed, real_data, "dogs-10", tmp_path)
