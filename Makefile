@@ -16,15 +16,17 @@ OVERRIDE ?=
 PORT ?= 4566
 EXIT ?=
 STAGE ?= dev
-# What `make report` and `make compare` take.
+APPROVAL ?= broadening
+# What `make report`, `make compare`, `make predict` and `make logs` take.
 RUN ?=
 BUCKET ?=
 OUT ?=
+IMAGE ?=
 export DATA WEIGHTS BACKBONE INPUT OVERRIDE
-export RUN BUCKET OUT
+export RUN BUCKET OUT IMAGE STAGE
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run report compare test test-all bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
+.PHONY: help run diff deploy predict logs report compare test test-all bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +35,24 @@ help:  ## this list
 	@echo "                  PORT=4566  EXIT=1 (post one test picture and end)"
 	@echo "  make report takes:  RUN=s3://bucket/runs/execution  OUT=folder (default: below build/reports)"
 	@echo "  make compare takes: BUCKET=s3://bucket  OUT=folder"
+	@echo "  make diff, deploy, predict and logs take: STAGE=dev  IMAGE=picture (predict)  RUN=execution (logs; default: the newest)"
 
 run: $(VENV)/.run $(CLI)  ## train and serve on this machine, without an AWS account
 	@$(VENV)/bin/python -m local_cloud.run --data "$$DATA" --weights "$$WEIGHTS" --backbone "$$BACKBONE" --input "$$INPUT" \
 	  --override "$$OVERRIDE" --port $(PORT) $(if $(EXIT),--exit)
+
+# Of the two ways to compare, the one that needs no more than CDK's look-up role, which may only read.
+diff: $(VENV)/.run $(CLI)  ## what a deployment of STAGE would change
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(CLI) diff -c "stage=$$STAGE" --method=template
+
+deploy: $(VENV)/.run $(CLI)  ## cdk deploy of STAGE (default dev) with your own AWS credentials; APPROVAL=never does not ask
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(CLI) deploy -c "stage=$$STAGE" --require-approval "$(APPROVAL)"
+
+predict: $(VENV)/.run  ## what IMAGE shows, asked of STAGE's API; waits for an endpoint that sleeps
+	@$(VENV)/bin/python -m local_cloud.client predict --stage "$$STAGE" --image "$$IMAGE"
+
+logs: $(VENV)/.run  ## states and last log lines of STAGE's newest execution, or of RUN
+	@$(VENV)/bin/python -m local_cloud.client logs --stage "$$STAGE" --run "$$RUN"
 
 report: $(VENV)/.run  ## the page on one run, at any time, from S3 with your own credentials
 	@$(VENV)/bin/python -m local_cloud.report report --uri "$$RUN" --out "$$OUT"

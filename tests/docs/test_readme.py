@@ -105,7 +105,7 @@ def test_the_variables_of_make_report_and_make_compare_reach_the_script() -> Non
     for target, word in (("report", '--uri "$RUN"'), ("compare", '--uri "$BUCKET"')):
         shown = subprocess.run(["make", "-n", target, *given], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
         assert f'local_cloud.report {target} {word} --out "$OUT"' in shown
-    assert {"RUN", "BUCKET", "OUT"} == set(re.findall(r"^export (.*)$", MAKEFILE, re.MULTILINE)[1].split())
+    assert {"RUN", "BUCKET", "OUT", "IMAGE", "STAGE"} == set(re.findall(r"^export (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 
 
 # ---- Paths --------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,35 @@ def test_make_compare_shows_the_runs(finished, deployed, shell, tmp_path: Path):
     assert finished.name in Path(done.stdout.splitlines()[-1]).read_text()
 
 
+# ---- make predict and make logs -----------------------------------------------------------------------------------------
+
+
+def asked(shell: dict[str, str], *words: str) -> str:
+    command = [sys.executable, "-m", "local_cloud.client", *words, "--stage", "local"]
+    done = subprocess.run(command, cwd=PROJECT, env=shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_predict_finds_api_and_token_by_the_stage(finished, digits: Path, shell):
+    picture = next(digits.rglob("*.png"))
+    labels = [line.split()[1] for line in asked(shell, "predict", "--image", str(picture)).splitlines()]
+    assert len(labels) >= 2
+    assert set(labels) <= {folder.name for folder in picture.parent.parent.iterdir()}
+
+
+def test_make_logs_shows_states_and_what_jobs_said(finished, shell):
+    shown = asked(shell, "logs", "--run", finished.name)
+    assert "  PrepareData" in shown
+    assert "  Done" in shown
+    assert f"/aws/sagemaker/TrainingJobs {finished.output['training_job']}/" in shown
+    assert f"/aws/sagemaker/TrainingJobs {finished.output['tuning_job']}-" in shown
+    assert "/aws/sagemaker/ProcessingJobs " in shown
+    assert "epoch=" in shown
+    assert "no log" not in shown
+    assert shown.rstrip().endswith(f"Execution {finished.name}: SUCCEEDED")
+
+
 # ---- The notebook -------------------------------------------------------------------------------------------------------
 
 
