@@ -116,7 +116,7 @@ def accept_for_scaling(scopes: list[IConstruct], *, config: StageConfig) -> None
             "A scalable target's id is random; a condition limits the service.",
             [f"Resource::{target}"],
         )
-    accept(scopes[0], "IAM5", "Application Auto Scaling names its alarms after the endpoint.", [f"Resource::{alarms}"])
+        accept(scope, "IAM5", "Application Auto Scaling names its alarms after the endpoint.", [f"Resource::{alarms}"])
     accept(scopes[0], "IAM5", "The role that scaling makes for itself, once in an account.", [f"Resource::{service}"])
     for scope in scopes[2:]:
         accept(scope, "IAM5", "CloudWatch's metrics know no resource.", ["Resource::*"])

@@ -20,7 +20,7 @@ from constructs import Construct
 from infra.config import StageConfig
 from infra.functions import Function
 from infra.requests import rollback_alarms
-from infra.roles import sagemaker_arn, sagemaker_arns
+from infra.roles import sagemaker_arn, sagemaker_arns, tracking_alarms
 
 IDLE_CHECK_MINUTES = 15
 
@@ -200,7 +200,7 @@ class IdleSwitch(Construct):
         self.handler.allow(["sagemaker:DescribeEndpoint", "sagemaker:DeleteEndpoint"], [endpoint])
         self.handler.allow(["states:ListExecutions"], [machine_arn])
         self.handler.allow(["cloudwatch:GetMetricStatistics"], ["*"])
-        stop_scaling(self.handler)
+        stop_scaling(self.handler, config.prefix)
         rule = events.Rule(
             self,
             "Schedule",
@@ -210,11 +210,13 @@ class IdleSwitch(Construct):
         rule.add_target(targets.LambdaFunction(self.handler.function, retry_attempts=0))
 
 
-def stop_scaling(function: Function) -> None:
+def stop_scaling(function: Function, prefix: str) -> None:
     """Let a function end the scaling of an endpoint, which its deletion needs."""
     target = f"arn:{Aws.PARTITION}:application-autoscaling:{Aws.REGION}:{Aws.ACCOUNT_ID}:scalable-target/*"
     only: dict[str, object] = {"StringEquals": {"application-autoscaling:service-namespace": "sagemaker"}}
     function.allow(["application-autoscaling:DeregisterScalableTarget"], [target], only)
+    # The policy goes with its target, and the policy's alarms with it.
+    function.allow(["cloudwatch:DescribeAlarms", "cloudwatch:DeleteAlarms"], [tracking_alarms(prefix)])
 
 
 class OnDestroy(Construct):
@@ -253,7 +255,7 @@ class OnDestroy(Construct):
         function.allow(["sagemaker:DeleteEndpointConfig"], sagemaker_arns(prefix, ["endpoint-config"]))
         function.allow(["sagemaker:DeleteModel"], sagemaker_arns(prefix, ["model"]))
         if config.endpoint.mode == "realtime":
-            stop_scaling(function)
+            stop_scaling(function, prefix)
         function.allow(["states:ListExecutions"], [machine.state_machine_arn])
         execution = f"arn:{Aws.PARTITION}:states:{Aws.REGION}:{Aws.ACCOUNT_ID}:execution:{prefix}:*"
         function.allow(["states:StopExecution"], [execution])

@@ -228,6 +228,11 @@ def _grant_serving_changes(role: iam.Role, prefix: str) -> None:
     allow(role, ["sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage"], packages)
 
 
+def tracking_alarms(prefix: str) -> str:
+    """ARN of the alarms that Application Auto Scaling makes and deletes for the endpoint, with its caller's rights."""
+    return f"arn:{Aws.PARTITION}:cloudwatch:{Aws.REGION}:{Aws.ACCOUNT_ID}:alarm:TargetTracking-endpoint/{prefix}/*"
+
+
 def _grant_scaling(role: iam.Role, config: StageConfig) -> None:
     """Rollback alarms while an update goes on, and target tracking afterwards.
 
@@ -239,11 +244,13 @@ def _grant_scaling(role: iam.Role, config: StageConfig) -> None:
     target = f"arn:{Aws.PARTITION}:application-autoscaling:{Aws.REGION}:{Aws.ACCOUNT_ID}:scalable-target/*"
     only = {"StringEquals": {"application-autoscaling:service-namespace": "sagemaker"}}
     allow(role, ["application-autoscaling:DeregisterScalableTarget"], [target], only)
+    allow(role, ["cloudwatch:DescribeAlarms", "cloudwatch:DeleteAlarms"], [tracking_alarms(config.prefix)])
     if not config.endpoint.scales:
         return
     allow(role, ["application-autoscaling:RegisterScalableTarget", "application-autoscaling:PutScalingPolicy"], [target], only)
-    tracking = f"{alarm}:TargetTracking-endpoint/{config.prefix}/*"
-    allow(role, ["cloudwatch:PutMetricAlarm", "cloudwatch:DescribeAlarms", "cloudwatch:DeleteAlarms"], [tracking])
+    allow(role, ["cloudwatch:PutMetricAlarm"], [tracking_alarms(config.prefix)])
+    # https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-auto-scaling-prerequisites.html
+    allow(role, ["sagemaker:DescribeEndpointConfig"], sagemaker_arns(config.prefix, ["endpoint-config"]))
     allow(role, ["sagemaker:UpdateEndpointWeightsAndCapacities"], [sagemaker_arn(f"endpoint/{config.prefix}")])
     service = "sagemaker.application-autoscaling.amazonaws.com"
     linked = f"arn:{Aws.PARTITION}:iam::{Aws.ACCOUNT_ID}:role/aws-service-role/{service}/*"

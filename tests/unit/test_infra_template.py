@@ -392,6 +392,18 @@ def test_scaling_is_limited_to_sagemaker(templates: dict[str, Any]):
     assert "application-autoscaling:" not in json.dumps(templates["dev"])
 
 
+def test_whoever_ends_the_scaling_may_delete_its_alarms(templates: dict[str, Any]):
+    """Application Auto Scaling deletes a policy's alarms with its caller's rights."""
+    for name in ("prod", "idle"):
+        ending = [p for p in of_type(templates[name], "AWS::IAM::Policy").values() if "DeregisterScalableTarget" in json.dumps(p)]
+        assert len(ending) == (3 if name == "idle" else 2)
+        for policy in ending:
+            (entry,) = [
+                e for e in policy["Properties"]["PolicyDocument"]["Statement"] if "cloudwatch:DeleteAlarms" in listed(e["Action"])
+            ]
+            assert json.dumps(entry["Resource"]).rstrip('"]}').endswith(":alarm:TargetTracking-endpoint/dogs-prod/*")
+
+
 def test_machines_with_a_gpu_get_the_image_with_torch():
     cpu, gpu = code.server_folder(), code.server_folder(gpu=True)
     assert cpu[1] != gpu[1]
