@@ -110,7 +110,7 @@ def bounded(count: int) -> None:
     if count == 0:
         raise RequestError(422, "no_pictures", "the request holds no picture: send at least one")
     if count > MAX_PICTURES:
-        raise RequestError(413, "too_many_pictures", f"the request holds {count} pictures: send at most {MAX_PICTURES} at a time")
+        raise RequestError(422, "too_many_pictures", f"the request holds {count} pictures: send at most {MAX_PICTURES} at a time")
 
 
 def _bytes(text: object, name: str) -> bytes:

@@ -182,7 +182,15 @@ async def invocations(request: Request) -> Response:
                 return await _explained(service, pictures, parameters)
             return await _classified(service, pictures, many, parameters, request.headers.get("accept", "*/*"))
     except RequestError as problem:
+        await _drop_body(request)
         return _error(problem.status, problem.code, str(problem))
+
+
+async def _drop_body(request: Request) -> None:
+    """Let go of what has arrived of a body that nobody reads: uvicorn would keep it until the connection's next request."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0):
+            await request.receive()
 
 
 async def _classified(service: Service, pictures: list[bytes], many: bool, parameters: Parameters, accept: str) -> Response:

@@ -65,7 +65,7 @@ def batch(event: dict[str, Any]) -> Body:
     if count == 0:
         raise HttpError(422, "no_pictures", "The request holds no picture; send at least one.")
     if count > MAX_PICTURES:
-        raise HttpError(413, "too_many_pictures", f"The request holds {count} pictures; send at most {MAX_PICTURES} at a time.")
+        raise HttpError(422, "too_many_pictures", f"The request holds {count} pictures; send at most {MAX_PICTURES} at a time.")
     return Body(content, declared, count)
 
 

@@ -84,8 +84,8 @@ def test_a_batch_answers_each_picture_and_names_the_broken_one(api: Client, enco
     ("body", "kind", "status", "code"),
     [
         (*images(), 422, "no_pictures"),
-        (*images(*[colour("red")] * 17), 413, "too_many_pictures"),
-        (*form(*[colour("red")] * 17), 413, "too_many_pictures"),
+        (*images(*[colour("red")] * 17), 422, "too_many_pictures"),
+        (*form(*[colour("red")] * 17), 422, "too_many_pictures"),
         (b'{"images": 3}', "application/json", 400, "bad_request"),
         (b"[" * 100_000, "application/json", 400, "bad_request"),
         (form(colour("red"))[0][:-10], form()[1], 400, "bad_request"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -31,7 +32,7 @@ from serving_fakes import COLOURS, colour, write_model
 PICTURE = {"Content-Type": "application/x-image"}
 
 
-@contextmanager
+@contextlib.contextmanager
 def container(model: Path, port: int, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The container's own command, and its address once /ping says yes."""
     env = {**os.environ, "SM_MODEL_DIR": str(model), "SAGEMAKER_BIND_TO_PORT": str(port), "BIND_HOST": "127.0.0.1", **environment}
@@ -73,6 +74,27 @@ def test_a_thousand_hostile_pictures_get_their_status_and_do_no_harm(model: Path
         assert peak_mb < 600  # a picture of 9 megapixels is decoded in some copies; nothing piles up
         assert client.post("/invocations", content=colour("red"), headers=PICTURE).json()["predictions"][0]["label"] == "red"
         assert process.poll() is None
+
+
+def test_a_refused_body_is_not_kept_while_its_connection_stays_open(model: Path, free_port: int):
+    """400 idle connections with a picture each would be 16 MB."""
+    body_kb, request = 120, b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
+
+    def refused() -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", free_port), timeout=10)
+        connection.sendall(request % (body_kb * 1024) + b"x" * body_kb * 1024)
+        assert connection.recv(20).startswith(b"HTTP/1.1 415")
+        return connection
+
+    with container(model, free_port) as (process, _), contextlib.ExitStack() as kept:
+        measured = psutil.Process(process.pid)
+        for _ in range(20):
+            kept.enter_context(refused())
+        before_mb = measured.memory_info().rss / 2**20
+        for _ in range(200):
+            kept.enter_context(refused())
+        grown_mb = measured.memory_info().rss / 2**20 - before_mb
+    assert grown_mb < 200 * body_kb / 1024 / 3
 
 
 def test_too_much_is_refused_and_everything_is_accounted_for(model: Path, free_port: int):
