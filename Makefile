@@ -6,6 +6,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 VENV := .venv
+CHECKOV_VERSION := 3.3.30
 CLI := node_modules/.bin/cdk
 # What `make run` takes; see `make help`. Exported, so that values with spaces or quotes reach Python as they are.
 DATA ?=
@@ -22,11 +23,13 @@ RUN ?=
 BUCKET ?=
 OUT ?=
 IMAGE ?=
+# What `make verify` takes.
+NAMES ?=
 export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export RUN BUCKET OUT IMAGE STAGE
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run diff deploy predict logs report compare test test-all bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
+.PHONY: help run diff deploy predict logs report compare test test-all verify bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +69,9 @@ test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among the
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
 
+verify: $(VENV)/.test $(CLI) .checkov/.done  ## every stage and configuration against all verifiers (a minute and a half); NAMES=dev prod for some
+	@$(VENV)/bin/python -m infra.verify $(NAMES)
+
 bench: bench-preparation bench-training bench-observability bench-serving  ## all benchmarks, and the tables of the documents made from them
 
 bench-training: $(VENV)/.bench  ## loaders, steps, tuning and accuracy against named peers (an hour on two cores)
@@ -100,9 +106,11 @@ lock: $(UV)  ## write uv.lock and the requirements files made from it
 	$(EXPORT) --only-group job $(addprefix --no-emit-package ,$(IN_CONTAINER)) -o model_code/requirements.txt
 	$(EXPORT) --only-group server -o model_code/requirements-server.txt
 	$(EXPORT) --only-group server-gpu -o model_code/requirements-server-gpu.txt
+	echo "checkov==$(CHECKOV_VERSION)" | $(UV) pip compile --quiet --python-version 3.11 --universal --generate-hashes --no-header --no-annotate \
+	  -o infra/verify/checkov.txt -
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .uv node_modules cdk.out build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .uv .checkov node_modules cdk.out build .pytest_cache .mypy_cache .ruff_cache
 
 versions:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -127,6 +135,11 @@ $(VENV)/.test: uv.lock pyproject.toml | $(UV)
 $(VENV)/.bench: uv.lock pyproject.toml | $(UV)
 	@echo "Setting up (once): the locked Python packages, the benchmarks' peers among them"
 	@$(UV) sync --quiet --frozen --inexact --all-groups --python $(PYTHON) && touch $@ $(VENV)/.test $(VENV)/.run
+
+# checkov pins an old boto3, so it lives apart.
+.checkov/.done: infra/verify/checkov.txt | $(UV)
+	@echo "Setting up (once): checkov, for its secret scan"
+	@$(UV) venv --quiet --clear --python $(PYTHON) .checkov && VIRTUAL_ENV=.checkov $(UV) pip install --quiet --require-hashes -r $< && touch $@
 
 $(CLI): package-lock.json | versions
 	@echo "Setting up (once): the pinned AWS CDK command line"

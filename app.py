@@ -9,9 +9,8 @@ from infra.config import load
 from infra.stack import ImageClassifier
 
 
-def main() -> None:
-    """Synthesise the stage that the context names."""
-    app = cdk.App()
+def synthesise(app: cdk.App) -> None:
+    """Synthesise the stage that the app's context names; CDK's and cdk-nag's findings are errors."""
     config = load(app.node)
     cdk.Validations.of(app).add_plugins(AwsSolutionsChecks(app))
     ImageClassifier(app, f"ImageClassifier-{config.stage}", config=config)
@@ -20,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    synthesise(cdk.App())

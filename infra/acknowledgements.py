@@ -31,13 +31,19 @@ def accept(scope: IConstruct, rule: str, reason: str, details: Iterable[str] = (
         cdk.Validations.of(scope).acknowledge(cdk.Acknowledgment(id=name, reason=reason))
 
 
-def accept_in_stack(stack: cdk.Stack, *, config: StageConfig, data: s3.Bucket) -> None:
+def accept_in_stack(stack: cdk.Stack, *, config: StageConfig, data: s3.IBucket) -> None:
     """Findings that concern the whole stack: names and keys that end in something an execution decides."""
     bucket = data.node.default_child
-    name = stack.get_logical_id(bucket) if isinstance(bucket, cdk.CfnElement) else ""
+    name = (
+        f"<{stack.get_logical_id(bucket)}.Arn>"
+        if isinstance(bucket, cdk.CfnElement)
+        else f"arn:<AWS::Partition>:s3:::{config.data_bucket}"
+    )
     keys = {key for table in (READS, WRITES) for group in table.values() for key in group if "*" in key}
     managed = MANAGED if config.managed_debugger else ()
-    accept(stack, "IAM5", KEYS, [f"Resource::<{name}.Arn>/{key}" for key in sorted(keys | {*OTHER_KEYS, *SMOKE_KEYS, *managed})])
+    if config.network.wheels:
+        keys.add(f"{config.network.wheels}*")
+    accept(stack, "IAM5", KEYS, [f"Resource::{name}/{key}" for key in sorted(keys | {*OTHER_KEYS, *SMOKE_KEYS, *managed})])
     kinds = ("training-job", "processing-job", "hyper-parameter-tuning-job", "model", "endpoint-config")
     arns = [_ARN.format("sagemaker", f"{kind}/{config.prefix}-*") for kind in kinds]
     arns.append(_ARN.format("sagemaker", f"model-package/{config.prefix}/*"))
@@ -126,3 +132,34 @@ def accept_for_waking(api: IConstruct, *, config: StageConfig) -> None:
     """The API, where it wakes a sleeping endpoint."""
     executions = _ARN.format("states", f"execution:{config.prefix}:wake-*")
     accept(api, "IAM5", "Executions that the API itself has named.", [f"Resource::{executions}"])
+
+
+def accept_without_tracing(pipeline: IConstruct) -> None:
+    """A stage that asked for no traces."""
+    accept(pipeline, "SF2", "X-Ray is switched off in this stage's configuration (tracing).")
+
+
+def accept_for_dry_run(scope: IConstruct) -> None:
+    """What only looks."""
+    accept(scope, "IAM5", "Service Quotas' lists know no resource.", ["Resource::*"])
+
+
+def accept_for_key(scopes: list[IConstruct]) -> None:
+    """Whoever uses the stage's own key."""
+    for scope in scopes:
+        accept(scope, "IAM5", "GenerateDataKey and GenerateDataKeyWithoutPlaintext of one key.", ["Action::kms:GenerateDataKey*"])
+
+
+def accept_for_network(jobs: IConstruct, network: IConstruct | None) -> None:
+    """Network interfaces of jobs in a VPC."""
+    kinds = ("network-interface", "subnet", "security-group")
+    details = [f"Resource::{_ARN.format('ec2', f'{kind}/*')}" for kind in kinds]
+    accept(jobs, "IAM5", "SageMaker makes and removes the interfaces; their ids are random.", details)
+    if network is not None:
+        accept(network, "EC23", "Only the jobs' own security group may ask AWS's endpoints.")
+
+
+def accept_for_sources(jobs: IConstruct, *, config: StageConfig) -> None:
+    """Buckets of others that jobs read."""
+    details = [f"Resource::arn:<AWS::Partition>:s3:::{bucket}/*" for bucket in config.source_buckets]
+    accept(jobs, "IAM5", "Somebody else's bucket of pictures: which keys is their policy's to say.", details)

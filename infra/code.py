@@ -96,6 +96,18 @@ def epochs_by_recipe() -> tuple[int, dict[str, int]]:
     return default, {recipe: values["epochs"] for recipe, values in recipes.items() if "epochs" in values}
 
 
+@functools.cache
+def prices() -> tuple[str, dict[str, float]]:
+    """``(region and month of the list prices, instance type -> US dollars an hour)``: the same that the report reckons with."""
+    path = MODEL_CODE / "classifier" / "prices.py"
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    return f"{found['REGION']}, {found['PRICED_ON']}", found["USD_PER_HOUR"]
+
+
 def copied_by(dockerfile: Path) -> list[Path]:
     """The files that a Dockerfile copies into its image, and the Dockerfile itself: everything the image depends on."""
     context = dockerfile.parent

@@ -18,6 +18,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 InstanceType = Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")]
 Origin = Annotated[str, Field(pattern=r"^https?://[a-z0-9.-]+(:[0-9]{1,5})?$")]
+SubnetId = Annotated[str, Field(pattern=r"^subnet-[0-9a-f]{8,17}$")]
+SecurityGroupId = Annotated[str, Field(pattern=r"^sg-[0-9a-f]{8,17}$")]
+KeyArn = Annotated[str, Field(pattern=r"^arn:aws[a-z-]*:kms:[a-z0-9-]+:[0-9]{12}:key/[A-Za-z0-9-]+$")]
+TagKey = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9 .:/=+@_-]+$")]
+TagValue = Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9 .:/=+@_-]*$")]
 BucketName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 
 RECIPES = ("head", "finetune", "lp-ft", "scratch")
@@ -127,6 +132,8 @@ class MachineInput(Section):
     """With action deploy: what to deploy. With action batch: what classifies, the serving model when empty."""
     input: str = ""
     """With action batch: an ``s3://`` prefix, or a key prefix in the data bucket, with the pictures to classify."""
+    dry_run: bool = False
+    """Ask for quotas, data and images only; start nothing."""
 
     @model_validator(mode="after")
     def _weights_fit_recipe(self) -> Self:
@@ -237,6 +244,50 @@ class Endpoint(Section):
         return self
 
 
+class Network(Section):
+    """Where jobs and endpoint have their network interfaces; by default AWS's own network, with a way to the internet."""
+
+    vpc: Literal["none", "create", "existing"] = "none"
+    """``create``: a VPC with private subnets and endpoints to AWS's services, without a way to the internet. It costs money by the
+    hour, used or not (docs/costs.md). ``existing``: the subnets and security groups that are named here."""
+    subnet_ids: Annotated[tuple[SubnetId, ...], Field(max_length=16)] = ()
+    security_group_ids: Annotated[tuple[SecurityGroupId, ...], Field(max_length=5)] = ()
+    isolation: bool = False
+    """No network at all for what runs a model: trials, training, feature caching, batch jobs and a real-time endpoint. Their code,
+    packages and weights come through channels. PrepareData, Evaluate and Report talk to S3 and SageMaker, and keep the network."""
+    wheels: str = Field(default="", pattern=r"^$|^[a-z][a-z0-9/_-]*/$")
+    """Key prefix in the data bucket with the Python packages of model_code/requirements.txt as wheels; empty: from PyPI."""
+
+    @property
+    def own(self) -> bool:
+        """Whether jobs and endpoint are placed in a VPC."""
+        return self.vpc != "none"
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        named = bool(self.subnet_ids) and bool(self.security_group_ids)
+        if self.vpc == "existing" and not named:
+            raise ValueError("vpc is existing; expected subnet_ids and security_group_ids of that VPC")
+        if self.vpc != "existing" and (self.subnet_ids or self.security_group_ids):
+            raise ValueError(f"subnet_ids and security_group_ids are given with vpc {self.vpc}; expected vpc existing")
+        if self.isolation and not self.wheels:
+            raise ValueError("isolation is true without wheels; expected a prefix such as wheels/: there is no way to PyPI")
+        if self.vpc == "create" and not self.wheels:
+            raise ValueError("vpc is create without wheels; expected a prefix such as wheels/: there is no way to PyPI")
+        return self
+
+
+class Triggers(Section):
+    """What starts executions by itself. Off by default: every execution costs money."""
+
+    schedule: str = Field(default="", pattern=r"^$|^(rate|cron)\([a-zA-Z0-9 *?/,#-]+\)$")
+    """EventBridge's ``rate(7 days)`` or ``cron(0 3 ? * MON *)``, in UTC; empty: none."""
+    incoming: bool = False
+    """Whether new files under ``incoming/`` of the data bucket start an execution: one for many files, see ``quiet_s``."""
+    quiet_s: int = Field(default=900, ge=60, le=86_400)
+    """How long no further file must arrive before the execution starts."""
+
+
 class Api(Section):
     """The public HTTP interface."""
 
@@ -264,7 +315,24 @@ class StageConfig(Section):
     allowed_hosts: tuple[HostName, ...] = ()
     """Hosts from which PrepareData may download an archive."""
     source_buckets: tuple[BucketName, ...] = ()
-    """Further buckets that PrepareData may read."""
+    """Further buckets that PrepareData may read, in this account or another's; docs/deployment.md has the policy they need."""
+    source_keys: tuple[KeyArn, ...] = ()
+    """KMS keys with which the objects of ``source_buckets`` are encrypted."""
+    data_bucket: Literal[""] | BucketName = ""
+    """An existing bucket to use instead of one of our own; its encryption, life cycle and logs stay its owner's."""
+    kms_key: Literal["", "create"] | KeyArn = ""
+    """Empty: AWS's own keys. ``create``: a customer key of this stack for everything that is stored; or the ARN of an existing key."""
+    permissions_boundary: str = Field(default="", pattern=r"^$|^arn:aws[a-z-]*:iam::[0-9]{12}:policy/[\w+=,.@/-]+$")
+    """ARN of the policy that limits every role of the stack."""
+    tags: Annotated[dict[TagKey, TagValue], Field(max_length=40)] = {}
+    """Tags of everything that the stack and its executions make, beside ``project`` and ``run``."""
+    network: Network = Network()
+    triggers: Triggers = Triggers()
+    tracing: bool = True
+    """Whether X-Ray follows executions and requests."""
+    monthly_budget_usd: int = Field(default=0, ge=0, le=1_000_000)
+    """With ``alarm_email``: a message when this stage's tagged costs of a month reach 80 % of it, and when they are forecast to
+    exceed it; 0: none."""
     processing: Jobs = Jobs()
     prepare_instances: int = Field(default=1, ge=1, le=20)
     """Machines that PrepareData shares the pictures over."""
@@ -282,7 +350,10 @@ class StageConfig(Section):
     """Adds SageMaker Debugger's own fields to the training request, beside our own hook, rules and report.
 
     Off by default: the service is closed to new customers since 2026-07-30, and need not accept its fields from them."""
-    serving_image_uri: str = ""
+    serving_image_uri: str = Field(
+        default="",
+        pattern=r"^$|^[0-9]{12}\.dkr\.ecr\.[a-z0-9-]+\.amazonaws\.com(\.cn)?/[a-z0-9._/-]+(:[A-Za-z0-9._-]+|@sha256:[0-9a-f]{64})$",
+    )
     """An existing serving image in ECR; empty: CodeBuild builds one from model_code/Dockerfile when it is missing."""
     poll_seconds: int = Field(default=15, ge=1, le=300)
     """Pause between two looks at a changing endpoint."""
@@ -315,6 +386,32 @@ class StageConfig(Section):
                 f"processing.instance_count is {self.processing.instance_count}; expected 1: only PrepareData shares its work, "
                 "use prepare_instances"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _company_rules(self) -> Self:
+        if self.network.isolation and self.input.pretrained == "torchvision":
+            raise ValueError(
+                "input.pretrained is torchvision with network.isolation; expected a key such as pretrained/resnet50.pth, or none with "
+                "recipe scratch: the weights come through the channel pretrained"
+            )
+        if self.network.vpc == "create" and self.allowed_hosts:
+            raise ValueError(
+                f"allowed_hosts is {list(self.allowed_hosts)} with network.vpc create; expected []: there is no way to the internet, "
+                "upload the archive to incoming/"
+            )
+        if (self.network.own or self.network.isolation) and self.endpoint.mode == "serverless":
+            raise ValueError(
+                "endpoint.mode is serverless with network.vpc or network.isolation; expected realtime: SageMaker keeps serverless "
+                "endpoints in its own network"
+            )
+        if self.source_keys and not self.source_buckets:
+            raise ValueError("source_keys are given without source_buckets; expected the buckets whose objects they encrypt")
+        for name in self.tags:
+            if name.lower() in ("project", "run") or name.lower().startswith("aws:"):
+                raise ValueError(f"tags names {name}; expected another name: project, run and aws:… are set by others")
+        if self.monthly_budget_usd and not self.alarm_email:
+            raise ValueError(f"monthly_budget_usd is {self.monthly_budget_usd} without alarm_email; expected an address to tell")
         return self
 
     @model_validator(mode="after")

@@ -25,8 +25,9 @@ from infra.config import (
 
 FIELDS = tuple(MachineInput.model_fields)
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
-UPLOADS = ("incoming/", "pretrained/")
-"""Where users put pictures and weights in the data bucket: the only places jobs may read them from."""
+PICTURES = "incoming/"
+UPLOADS = (PICTURES, "pretrained/")
+"""Where users put pictures (the first) and weights (either) in the data bucket: the only places jobs may read them from."""
 MAX_KEY = 180
 """Characters of a key given as source."""
 
@@ -139,7 +140,7 @@ def _top_level(config: StageConfig) -> list[str]:
         _bad(
             "backbone", "$i.backbone", "$contains($text($i.backbone), /^[a-z][a-z0-9_]*$/)", "a torchvision name such as resnet18"
         ),
-        _bad("pretrained", "$i.pretrained", _pretrained(), _pretrained_expectation()),
+        _bad("pretrained", "$i.pretrained", _pretrained(config), _pretrained_expectation(config)),
         _bad(
             "pretrained",
             "$i.pretrained",
@@ -173,6 +174,7 @@ def _top_level(config: StageConfig) -> list[str]:
             f"$contains($text($i.model_package), ':model-package/{config.prefix}/') : true",
             f"the ARN of a version in the model package group {config.prefix}, because action is deploy or batch",
         ),
+        _bad("dry_run", "$i.dry_run", "$type($i.dry_run) = 'boolean'", "true or false"),
         _bad(
             "input",
             "$i.input",
@@ -201,7 +203,7 @@ def _source(config: StageConfig) -> str:
 def _pictures(config: StageConfig, value: str) -> str:
     """Whether jobs may read pictures at a key of the data bucket or an ``s3://`` address; ``value`` is JSONata source."""
     buckets = json.dumps(list(config.source_buckets))
-    uploads = " or ".join(f"$substring($key, 0, {len(start)}) = '{start}'" for start in UPLOADS)
+    uploads = f"$substring($key, 0, {len(PICTURES)}) = '{PICTURES}'"
     return (
         f"($s := {value}; $key := $substringAfter($s, 's3://${{DataBucket}}/'); $s = '' ? false : "
         "$contains($s, /^s3:/) ? ($contains($s, 's3://${DataBucket}/') ? "
@@ -216,28 +218,27 @@ def _source_expectation(config: StageConfig, *, archives: bool = True) -> str:
     buckets = "".join(f", s3://{bucket}/…" for bucket in config.source_buckets)
     archive = f", or an https:// archive on an allowed host ({hosts})" if archives else ""
     return (
-        f"a key prefix{' or archive' if archives else ''} in the data bucket that begins with {' or '.join(UPLOADS)}, "
+        f"a key prefix{' or archive' if archives else ''} in the data bucket that begins with {PICTURES}, "
         f"s3://${{DataBucket}}/incoming/…{buckets}{archive}; at most {MAX_KEY} characters for a key, 256 with ://"
     )
 
 
-def _pretrained() -> str:
-    """Whether the weights can be found by name, or by a key that jobs may read."""
+def _pretrained(config: StageConfig) -> str:
+    """Whether the weights can be found by name, or by a key that jobs may read. Without a network there is no download by name."""
+    names = ["none"] if config.network.isolation else ["torchvision", "none"]
     suffixes = "|".join(suffix.removeprefix(".") for suffix in WEIGHT_SUFFIXES)
     uploads = "|".join(UPLOADS).replace("/", "\\/")
     return (
-        "($p := $text($i.pretrained); $p in ['torchvision', 'none'] ? true : "
+        "($p := $text($i.pretrained); $p in " + json.dumps(names) + " ? true : "
         "($k := $contains($p, 's3://${DataBucket}/') ? $substringAfter($p, 's3://${DataBucket}/') : $p; "
         f"$contains($k, /^({uploads})/) and $contains($k, /\\.({suffixes})$/)))"
     )
 
 
-def _pretrained_expectation() -> str:
+def _pretrained_expectation(config: StageConfig) -> str:
     """What the field must look like."""
-    return (
-        f"torchvision, none, or a key in the data bucket that begins with {' or '.join(UPLOADS)} and ends with "
-        f"{', '.join(WEIGHT_SUFFIXES)}"
-    )
+    names = "none" if config.network.isolation else "torchvision, none,"
+    return f"{names} or a key in the data bucket that begins with {' or '.join(UPLOADS)} and ends with {', '.join(WEIGHT_SUFFIXES)}"
 
 
 def _tuning(config: StageConfig) -> list[str]:

@@ -41,3 +41,33 @@ def gpu_count(instance_type: str) -> int:
             "choose one, or add it with its number of GPUs to infra/machines.py"
         )
     return GPUS[instance_type]
+
+
+_LOCAL_DISKS = (
+    "c5d",
+    "g4dn",
+    "g5",
+    "g6",
+    "g6e",
+    "g7e",
+    "i3",
+    "i3en",
+    "m5d",
+    "p3dn",
+    "p4d",
+    "p4de",
+    "p5",
+    "p5e",
+    "p5en",
+    "r5d",
+    "trn1",
+    "trn1n",
+    "trn2",
+)
+"""Families with NVMe disks of their own, as on AWS's page "Instance store volumes"."""
+
+
+def has_local_storage(instance_type: str) -> bool:
+    """Whether the machine keeps a job's data on disks of its own, which it encrypts itself, instead of on a volume."""
+    family = instance_type.split(".")[1]
+    return family in _LOCAL_DISKS or family.startswith("p6")

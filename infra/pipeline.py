@@ -112,6 +112,7 @@ def _input_states(config: StageConfig) -> Json:
                 "champion": {},
                 "champion_top1": None,
                 "dataset": {"dataset_hash": ""},
+                "checks": [],
                 "failure": {"state": "", "error": "", "cause": ""},
             },
             "Next": "CheckInput",
@@ -145,6 +146,7 @@ def _input_states(config: StageConfig) -> Json:
         "ChooseAction": {
             "Type": "Choice",
             "Choices": [
+                {"Condition": ask("$request.dry_run"), "Next": "DryRun"},
                 {
                     "Condition": ask("$request.action = 'deploy' or ($request.action = 'batch' and $request.model_package != '')"),
                     "Next": "ReadPackage",
@@ -153,6 +155,30 @@ def _input_states(config: StageConfig) -> Json:
             ],
             "Default": "PrepareData",
         },
+        **_dry_run_states(),
+    }
+
+
+def _dry_run_states() -> Json:
+    """``{"dry_run": true}``: quotas, data and images are asked for; nothing is started."""
+    addresses = {"deploy": "''", "batch": requests.pictures_uri()}
+    source = "".join(f"$request.action = '{action}' ? {value} : " for action, value in addresses.items()) + "$source"
+    weights = "$request.action = 'train' ? $pretrained_uri : ''"
+    ask_aws = _lambda(
+        "DryRun",
+        "DryRun",
+        {"source": ask(source), "weights": ask(weights), "parallel": ask("$string($request.tuning.max_parallel_jobs)")},
+    )
+    ask_aws |= {
+        "TimeoutSeconds": 90,
+        "Assign": {"checks": ask("$states.result.Payload.checks")},
+        "Catch": _catch("DryRun", "DryRunFailed"),
+        "Next": "DryRunDone",
+    }
+    return {
+        "DryRun": ask_aws,
+        "DryRunDone": {"Type": "Succeed", "Output": {"run": ask("$run"), "checks": ask("$checks")}},
+        "DryRunFailed": {"Type": "Fail", "Error": "DryRunFailed", "Cause": ask(_reason())},
     }
 
 
@@ -400,6 +426,7 @@ def _built_image() -> Json:
         {"RepositoryName": "${ServerRepository}", "ImageIds": [{"ImageTag": "${ServerTag}"}]},
         "ChooseBuild",
     )
+    find["Retry"] = [_retry(["Ecr.ServerException", "Ecr.EcrException", "Ecr.SdkClientException"])]
     find["Assign"] = {"image": "${ServerImage}", "image_found": ask("$count($states.result.Images) > 0")}
     choose = {"Type": "Choice", "Choices": [{"Condition": ask("$image_found"), "Next": "Register"}], "Default": "BuildServer"}
     build = _task(
@@ -930,6 +957,6 @@ class Pipeline(Construct):
             definition_body=sfn.DefinitionBody.from_string(json.dumps(definition(config), ensure_ascii=False)),
             definition_substitutions=values,
             role=role,
-            tracing_enabled=True,
+            tracing_enabled=config.tracing,
             logs=sfn.LogOptions(destination=group, level=sfn.LogLevel.ALL, include_execution_data=True),
         )

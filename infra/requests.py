@@ -15,10 +15,12 @@ from typing import Any
 
 from infra.config import FEATURE_RECIPES, Endpoint, Jobs, StageConfig
 from infra.inputs import GRID_LEARNING_RATES
+from infra.machines import has_local_storage
 
 Json = dict[str, Any]
 
 INPUT = "/opt/ml/processing/input"
+CHANNELS = "/opt/ml/input/data"
 OUTPUT = "/opt/ml/processing/output"
 
 OBJECTIVE = {"Name": "valid:best_top1", "Regex": "best_valid_top1=([0-9.]+)"}
@@ -90,7 +92,46 @@ def job_name(config: StageConfig, kind: str = "") -> str:
 
 def tags(config: StageConfig) -> list[Json]:
     """Tags of everything an execution makes: cost reports group by them."""
-    return [{"Key": "project", "Value": config.prefix}, {"Key": "run", "Value": ask("$run")}]
+    return [*stage_tags(config), {"Key": "run", "Value": ask("$run")}]
+
+
+def stage_tags(config: StageConfig) -> list[Json]:
+    """Tags of what belongs to the stage rather than to one execution."""
+    return [{"Key": "project", "Value": config.prefix}, *({"Key": key, "Value": value} for key, value in config.tags.items())]
+
+
+# --- network and keys ------------------------------------------------------------------------------------------------------
+
+ISOLATED = ("feat", "batch")
+"""Processing jobs that need no network: they run a model on what their inputs bring."""
+
+
+def vpc(config: StageConfig) -> Json:
+    """``{"VpcConfig": …}`` where jobs and endpoint have their network interfaces in a VPC; nothing otherwise."""
+    network = config.network
+    if not network.own:
+        return {}
+    if network.vpc == "create":
+        return {"VpcConfig": {"Subnets": ["${Subnet1}", "${Subnet2}"], "SecurityGroupIds": ["${SecurityGroup}"]}}
+    return {"VpcConfig": {"Subnets": list(network.subnet_ids), "SecurityGroupIds": list(network.security_group_ids)}}
+
+
+def packages(config: StageConfig, folder: str) -> dict[str, str]:
+    """The environment in which pip takes its packages from ``folder`` instead of from PyPI."""
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder} if config.network.wheels else {}
+
+
+def output_key(config: StageConfig) -> Json:
+    """``{"KmsKeyId": …}`` for what a job writes, where the stage has a key of its own."""
+    return {"KmsKeyId": "${KeyArn}"} if config.kms_key else {}
+
+
+def volume_key(config: StageConfig, instance_type: str) -> Json:
+    """``{"VolumeKmsKeyId": …}``. Machines with local disks encrypt these themselves, and SageMaker takes no key for them.
+
+    https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html#VolumeKmsKeyId
+    """
+    return {"VolumeKmsKeyId": "${KeyArn}"} if config.kms_key and not has_local_storage(instance_type) else {}
 
 
 # --- processing jobs -------------------------------------------------------------------------------------------------------
@@ -136,7 +177,7 @@ def cache_features(config: StageConfig) -> Json:
         **{name: ask(f"$exists($static.{name}) ? $static.{name} : '{default}'") for name, default in _FEATURE_DEFAULTS.items()},
         "features": f"{OUTPUT}/features",
     }
-    fixed = [_code(), _read("dataset", ask("$dataset.dataset_uri"))]
+    fixed = [_code(), *_wheels(config), _read("dataset", ask("$dataset.dataset_uri"))]
     optional = _read("pretrained", Raw("$pretrained_uri"))
     inputs = ask(f"$append({jsonata(_unwrapped(fixed))}, $pretrained = 'channel' ? [{jsonata(optional)}] : [])")
     outputs = {"features": ("features", ask(run_uri("features")))}
@@ -192,11 +233,16 @@ def report(config: StageConfig, outcome: str) -> Json:
 def batch(config: StageConfig) -> Json:
     """ClassifyBatch: every picture under a prefix, shared over machines by key; Parquet and CSV from each of them."""
     flags = {"input": f"{INPUT}/pictures", "model": f"{INPUT}/model", "predictions": f"{OUTPUT}/predictions"}
-    pictures = _read("pictures", ask(f"$contains($request.input, ':') ? $request.input : {key_uri('$request.input')}"))
+    pictures = _read("pictures", ask(pictures_uri()))
     pictures["S3Input"]["S3DataDistributionType"] = "ShardedByS3Key"
     outputs = {"predictions": ("predictions", ask(run_uri("batch")))}
     inputs = [pictures, _read("model", ask("$champion.model_data_url"))]
     return _processing(config, "batch", "BatchRole", "batch.py", flags, inputs, outputs)
+
+
+def pictures_uri() -> str:
+    """JSONata source: where the pictures of ``action: batch`` lie."""
+    return f"($contains($request.input, ':') ? $request.input : {key_uri('$request.input')})"
 
 
 def one_line(text: str) -> str:
@@ -219,7 +265,7 @@ def _processing(
             "ContainerEntrypoint": ["/bin/bash", "-c", _UNPACK_AND_RUN, script],
             "ContainerArguments": arguments,
         },
-        "ProcessingInputs": inputs if isinstance(inputs, str) else [_code(), *inputs],
+        "ProcessingInputs": inputs if isinstance(inputs, str) else [_code(), *_wheels(config), *inputs],
         "ProcessingOutputConfig": {
             "Outputs": [
                 {
@@ -227,19 +273,35 @@ def _processing(
                     "S3Output": {"S3Uri": uri, "LocalPath": f"{OUTPUT}/{folder}", "S3UploadMode": "EndOfJob"},
                 }
                 for name, (folder, uri) in outputs.items()
-            ]
+            ],
+            **output_key(config),
         },
         "ProcessingResources": {
             "ClusterConfig": {
                 "InstanceCount": {"prep": config.prepare_instances, "batch": config.batch_instances}.get(kind, 1),
                 "InstanceType": machine.instance_type,
                 "VolumeSizeInGB": machine.volume_gb,
+                **volume_key(config, machine.instance_type),
             }
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": machine.max_runtime_s},
-        "Environment": {**JOB_ENVIRONMENT, "LOG_LEVEL": config.log_level},
+        "Environment": {**JOB_ENVIRONMENT, **packages(config, f"{INPUT}/wheels"), "LOG_LEVEL": config.log_level},
+        **_processing_network(config, kind),
         "Tags": tags(config),
     }
+
+
+def _processing_network(config: StageConfig, kind: str) -> Json:
+    """``NetworkConfig``, where the stage wants one."""
+    network: Json = vpc(config)
+    if config.network.isolation and kind in ISOLATED:
+        network["EnableNetworkIsolation"] = True
+    return {"NetworkConfig": network} if network else {}
+
+
+def _wheels(config: StageConfig) -> list[Json]:
+    """The ProcessingInput with Python packages, for stages that take none from PyPI."""
+    return [_read("wheels", f"s3://${{DataBucket}}/{config.network.wheels}")] if config.network.wheels else []
 
 
 def _read(name: str, uri: str, folder: str = "") -> Json:
@@ -287,7 +349,7 @@ def tuning(config: StageConfig) -> str:
             "TrainingInputMode": "File",
             "MetricDefinitions": METRICS,
         },
-        "StaticHyperParameters": ask(f"$merge([$static, {jsonata(_toolkit('hpo.py', machine))}])"),
+        "StaticHyperParameters": ask(f"$merge([$static, {jsonata(_toolkit(config, 'hpo.py', machine))}])"),
     }
     if machine.spot:
         definition["CheckpointConfig"] = _checkpoints("tuning")
@@ -387,11 +449,12 @@ def training(config: StageConfig) -> Json:
             "TrainingInputMode": "File",
             "MetricDefinitions": METRICS,
         },
-        "HyperParameters": ask(f"$merge([$static, $best, {jsonata(_toolkit('train_model.py', config.training))}])"),
+        "HyperParameters": ask(f"$merge([$static, $best, {jsonata(_toolkit(config, 'train_model.py', config.training))}])"),
         "CheckpointConfig": _checkpoints("training"),
         "Tags": tags(config),
     }
-    request["Environment"] = {**request["Environment"], "RUN_OUTPUT_URI": ask("'s3://${DataBucket}/runs/' & $run")}
+    if not config.network.isolation:
+        request["Environment"] = {**request["Environment"], "RUN_OUTPUT_URI": ask("'s3://${DataBucket}/runs/' & $run")}
     # Without these fields the profiler is off. Even to switch it off is not asked: a closed service need not accept its fields.
     if not config.managed_debugger:
         return request
@@ -446,18 +509,21 @@ def _training_job(config: StageConfig, machine: Jobs, folder: str) -> Json:
         stopping["MaxWaitTimeInSeconds"] = machine.wait_s
     return {
         "RoleArn": "${TrainingRoleArn}",
-        "InputDataConfig": ask(_channels()),
-        "OutputDataConfig": {"S3OutputPath": ask(run_uri(folder))},
+        "InputDataConfig": ask(_channels(config)),
+        "OutputDataConfig": {"S3OutputPath": ask(run_uri(folder)), **output_key(config)},
         "ResourceConfig": {
             "InstanceType": machine.instance_type,
             "InstanceCount": machine.instance_count,
             "VolumeSizeInGB": machine.volume_gb,
+            **volume_key(config, machine.instance_type),
         },
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": machine.spot,
         # Gradients travel between the machines of a training.
         "EnableInterContainerTrafficEncryption": machine.instance_count > 1,
-        "Environment": {**JOB_ENVIRONMENT, "LOG_LEVEL": config.log_level},
+        "Environment": {**JOB_ENVIRONMENT, **packages(config, f"{CHANNELS}/wheels"), "LOG_LEVEL": config.log_level},
+        **vpc(config),
+        **({"EnableNetworkIsolation": True} if config.network.isolation else {}),
     }
 
 
@@ -466,13 +532,17 @@ def _checkpoints(folder: str) -> Json:
     return {"S3Uri": ask(run_uri(f"checkpoints/{folder}")), "LocalPath": "/opt/ml/checkpoints"}
 
 
-def _channels() -> str:
+def _channels(config: StageConfig) -> str:
     """JSONata source of InputDataConfig: features only for recipes that use them, weights only when they come from S3."""
-    dataset = _channel("dataset", Raw("$dataset.dataset_uri"))
+    always = [_channel("dataset", Raw("$dataset.dataset_uri"))]
+    if config.network.wheels:
+        always.append(_channel("wheels", f"s3://${{DataBucket}}/{config.network.wheels}"))
+    if config.network.isolation:
+        always.append(_channel("code", "${CodeUri}"))
     features = _channel("features", Raw(run_uri("features/")))
     weights = _channel("pretrained", Raw("$pretrained_uri"))
     return (
-        f"$append($append([{jsonata(dataset)}], $request.recipe in {json.dumps(FEATURE_RECIPES)} ? [{jsonata(features)}] : []), "
+        f"$append($append({jsonata(always)}, $request.recipe in {json.dumps(FEATURE_RECIPES)} ? [{jsonata(features)}] : []), "
         f"$pretrained = 'channel' ? [{jsonata(weights)}] : [])"
     )
 
@@ -488,9 +558,11 @@ def _channel(name: str, uri: str) -> Json:
     }
 
 
-def _toolkit(script: str, machine: Jobs) -> dict[str, str]:
+def _toolkit(config: StageConfig, script: str, machine: Jobs) -> dict[str, str]:
     """What tells the training toolkit which script of which archive to run, and whether under torchrun: values are JSON."""
-    program = {"sagemaker_program": script, "sagemaker_submit_directory": "${CodeUri}"}
+    # Without a network the code comes through a channel.
+    code = f"{CHANNELS}/code/${{CodeFile}}" if config.network.isolation else "${CodeUri}"
+    program = {"sagemaker_program": script, "sagemaker_submit_directory": code}
     return program | ({"sagemaker_torch_distributed_enabled": "true"} if machine.distributed else {})
 
 
@@ -538,6 +610,8 @@ def model(config: StageConfig) -> Json:
         "ModelName": job_name(config),
         "PrimaryContainer": {"Image": ask("$champion.image"), "ModelDataUrl": ask("$champion.model_data_url")},
         "ExecutionRoleArn": "${EndpointRoleArn}",
+        **vpc(config),
+        **({"EnableNetworkIsolation": True} if config.network.isolation else {}),
         "Tags": tags(config),
     }
 
@@ -555,7 +629,10 @@ def endpoint_config(config: StageConfig) -> Json:
             "InitialVariantWeight": 1,
             "ContainerStartupHealthCheckTimeoutInSeconds": endpoint.startup_s,
         }
-    return {"EndpointConfigName": job_name(config), "ProductionVariants": [variant], "Tags": tags(config)}
+    request = {"EndpointConfigName": job_name(config), "ProductionVariants": [variant], "Tags": tags(config)}
+    if endpoint.mode == "realtime" and config.kms_key and not has_local_storage(endpoint.instance_type):
+        request["KmsKeyId"] = "${KeyArn}"
+    return request
 
 
 def create_endpoint(config: StageConfig) -> Json:
@@ -563,7 +640,7 @@ def create_endpoint(config: StageConfig) -> Json:
     return {
         "EndpointName": config.prefix,
         "EndpointConfigName": ask("$endpoint_config"),
-        "Tags": [{"Key": "project", "Value": config.prefix}],
+        "Tags": stage_tags(config),
     }
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from aws_cdk import Aws, CfnMapping, Stack
 from aws_cdk import aws_iam as iam
+from aws_cdk import aws_kms as kms
 from aws_cdk import aws_s3 as s3
 from aws_cdk import aws_s3_assets as assets
 from constructs import Construct
 
 from infra import images
 from infra.config import StageConfig
+from infra.machines import has_local_storage
 from infra.requests import rollback_alarms
 
 ROLES = ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole", "BatchRole")
@@ -22,7 +24,7 @@ READS: dict[str, tuple[str, ...]] = {
     "TrainingRole": ("datasets/*", "incoming/*", "pretrained/*", "runs/*/features/*", "runs/*/checkpoints/*"),
     "EvaluateRole": ("datasets/*", "runs/*/training/*", "models/*", "champion.json"),
     "ReportRole": ("runs/*",),
-    "BatchRole": ("incoming/*", "pretrained/*", "models/*"),
+    "BatchRole": ("incoming/*", "models/*"),
 }
 """Keys of the data bucket that each kind of job reads."""
 
@@ -43,6 +45,9 @@ WRITES: dict[str, tuple[str, ...]] = {
 }
 """Keys of the data bucket that each kind of job writes."""
 
+
+UPLOADED = ("runs/*/debug-output/*", "runs/*/profiler-output/*", "runs/*/rule-output/*")
+"""What a training writes while it goes on, beside what SageMaker uploads for it."""
 
 MANAGED = ("runs/*/managed/*",)
 """What the managed debugger writes, and its rules read, where a stage has it."""
@@ -94,16 +99,52 @@ def write_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> Non
     allow(role, ["s3:PutObject", "s3:AbortMultipartUpload"], [bucket.arn_for_objects(key) for key in keys])
 
 
+LOOKS = [
+    f"ec2:Describe{what}" for what in ("DhcpOptions", "NetworkInterfaces", "SecurityGroups", "Subnets", "Vpcs")
+]
+"""What SageMaker looks up in a VPC. EC2 knows no resource for these."""
+
+
+def join_network(role: iam.Role) -> None:
+    """Let SageMaker put the role's jobs into a VPC: https://docs.aws.amazon.com/sagemaker/latest/dg/sagemaker-roles.html"""
+    interfaces, subnets, groups = (
+        f"arn:{Aws.PARTITION}:ec2:{Aws.REGION}:{Aws.ACCOUNT_ID}:{kind}/*"
+        for kind in ("network-interface", "subnet", "security-group")
+    )
+    allow(role, ["ec2:CreateNetworkInterface"], [interfaces, subnets, groups])
+    permission = ["ec2:CreateNetworkInterfacePermission", "ec2:DeleteNetworkInterfacePermission"]
+    allow(role, [*permission, "ec2:DeleteNetworkInterface"], [interfaces])
+    allow(role, LOOKS, ["*"])
+
+
+def grant_key(role: iam.Role, key: kms.IKey) -> None:
+    """Let SageMaker's machines use a key, by a grant that SageMaker makes with the role's rights."""
+    allow(role, ["kms:DescribeKey"], [key.key_arn])
+    allow(role, ["kms:CreateGrant"], [key.key_arn], {"Bool": {"kms:GrantIsForAWSResource": "true"}})
+
+
 class JobRoles(Construct):
     """The roles that SageMaker's jobs and endpoint take."""
 
-    def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig, bucket: s3.IBucket, code: assets.Asset) -> None:
+    def __init__(
+        self,
+        scope: Construct,
+        construct_id: str,
+        *,
+        config: StageConfig,
+        bucket: s3.IBucket,
+        code: assets.Asset,
+        key: kms.IKey | None = None,
+    ) -> None:
         super().__init__(scope, construct_id)
-        self.roles = {name: self._job_role(name, bucket, code) for name in ROLES}
+        self.roles = {name: self._job_role(name, bucket, code, config) for name in ROLES}
         for source in config.source_buckets:
             theirs = s3.Bucket.from_bucket_name(self, f"Source-{source}", source)
             for name in ("PrepareRole", "BatchRole"):
-                read_keys(self.roles[name], theirs, ("*",))
+                allow(self.roles[name], ["s3:GetObject"], [theirs.arn_for_objects("*")])
+                allow(self.roles[name], ["s3:ListBucket"], [theirs.bucket_arn])
+                if config.source_keys:
+                    allow(self.roles[name], ["kms:Decrypt"], list(config.source_keys))
         # What the run's jobs took and how they ended.
         for kind, actions in REPORTED.items():
             allow(self.roles["ReportRole"], [f"sagemaker:{action}" for action in actions], sagemaker_arns(config.prefix, [kind]))
@@ -113,6 +154,27 @@ class JobRoles(Construct):
         allow(self.roles["TrainingRole"], ["s3:DeleteObject"], [bucket.arn_for_objects("runs/*/checkpoints/*")])
         self.endpoint = self._sagemaker_role("EndpointRole", "Serves a model")
         read_keys(self.endpoint, bucket, ("models/*",))
+        for role in [*self.roles.values(), self.endpoint] if config.network.own else ():
+            join_network(role)
+        if key is not None:
+            self._grant_keys(config, key)
+        if config.network.wheels:
+            for role in self.roles.values():
+                read_keys(role, bucket, (f"{config.network.wheels}*",))
+
+    def _grant_keys(self, config: StageConfig, key: kms.IKey) -> None:
+        """All read and the jobs write what is encrypted with it; so are volumes, where machines have no disks of their own."""
+        allow(self.endpoint, ["kms:Decrypt"], [key.key_arn])
+        for name, role in self.roles.items():
+            allow(role, ["kms:Decrypt", "kms:GenerateDataKey*"], [key.key_arn])
+            if any(not has_local_storage(one) for one in self._machines(name, config)):
+                grant_key(role, key)
+
+    def _machines(self, name: str, config: StageConfig) -> list[str]:
+        """Instance types of the jobs that take a role."""
+        if name == "TrainingRole":
+            return [config.tuning_jobs.instance_type, config.training.instance_type]
+        return [config.processing.instance_type]
 
     def _grant_managed_debugger(self, role: iam.Role, bucket: s3.IBucket) -> None:
         """SageMaker Debugger's rules take the training's role: they read what its hook wrote, and write what they found."""
@@ -140,14 +202,14 @@ class JobRoles(Construct):
         allow(role, ["ecr:GetAuthorizationToken"], ["*"])
         return role
 
-    def _job_role(self, name: str, bucket: s3.IBucket, code: assets.Asset) -> iam.Role:
+    def _job_role(self, name: str, bucket: s3.IBucket, code: assets.Asset, config: StageConfig) -> iam.Role:
         """A role for one kind of job: its keys, our code, AWS's container."""
         role = self._sagemaker_role(name, f"SageMaker jobs: {name.removesuffix('Role').lower()}")
-        account = images_account(self)
-        repository = f"arn:{Aws.PARTITION}:ecr:{Aws.REGION}:{account}:repository/{images.REPOSITORY}"
-        allow(role, PULL, [repository])
+        allow(role, PULL, [training_repository(self)])
         read_keys(role, bucket, READS[name])
-        write_keys(role, bucket, WRITES[name])
+        # What has no network uploads nothing by itself.
+        hidden = UPLOADED if name == "TrainingRole" and config.network.isolation else ()
+        write_keys(role, bucket, tuple(key for key in WRITES[name] if key not in hidden))
         read_keys(role, code.bucket, (code.s3_object_key,))
         return role
 
@@ -171,6 +233,18 @@ def debugger_image(scope: Construct) -> str:
     """URI of the container with SageMaker Debugger's rules."""
     account = region_account(scope, "DebuggerRules", images.DEBUGGER_ACCOUNTS)
     return f"{account}.dkr.ecr.{Aws.REGION}.{Aws.URL_SUFFIX}/{images.DEBUGGER_REPOSITORY}:{images.DEBUGGER_TAG}"
+
+
+def training_repository(scope: Construct) -> str:
+    """ARN of the repository with AWS's PyTorch training containers."""
+    return f"arn:{Aws.PARTITION}:ecr:{Aws.REGION}:{images_account(scope)}:repository/{images.REPOSITORY}"
+
+
+def repository_of(image: str) -> str:
+    """ARN of the repository of a container image such as ``<account>.dkr.ecr.<region>.amazonaws.com/<name>:<tag>``."""
+    registry, _, name = image.partition("/")
+    account, _, _, region = registry.split(".")[:4]
+    return f"arn:{Aws.PARTITION}:ecr:{region}:{account}:repository/{name.partition('@')[0].partition(':')[0]}"
 
 
 def training_image(scope: Construct, gpu: bool) -> str:
@@ -201,17 +275,19 @@ def grant_orchestration(role: iam.Role, *, config: StageConfig, bucket: s3.IBuck
     )
     _grant_serving_changes(role, prefix)
     taggable = [*sagemaker_arns(prefix, [*jobs, "model", "endpoint-config"]), sagemaker_arn(f"endpoint/{prefix}")]
-    allow(role, ["sagemaker:AddTags", "sagemaker:ListTags"], taggable)
+    allow(role, ["sagemaker:AddTags"], taggable)
+    allow(role, ["sagemaker:ListTags"], sagemaker_arns(prefix, [*jobs]))
     allow(role, ["iam:PassRole"], job_roles, {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}})
-    rules = [f"SageMaker{kind}Jobs" for kind in ("Training", "Tuning", "Processing")]
-    names = [f"StepFunctionsGetEventsFor{rule}Rule" for rule in rules] + ["StepFunctionsGetEventForCodeBuildStartBuildRule"]
+    names = [f"StepFunctionsGetEventsForSageMaker{kind}JobsRule" for kind in ("Training", "Tuning", "Processing")]
+    if not config.serving_image_uri:
+        names.append("StepFunctionsGetEventForCodeBuildStartBuildRule")
     allow(
         role,
         ["events:PutTargets", "events:PutRule", "events:DescribeRule"],
         [f"arn:{Aws.PARTITION}:events:{Aws.REGION}:{Aws.ACCOUNT_ID}:rule/{name}" for name in names],
     )
     read_keys(role, bucket, ("runs/*/prepare/result.json", "runs/*/evaluation/summary.json", "champion.json"))
-    write_keys(role, bucket, ("champion.json",))
+    allow(role, ["s3:PutObject"], [bucket.arn_for_objects("champion.json")])
     if config.endpoint.mode == "realtime":
         _grant_scaling(role, config)
 
@@ -220,12 +296,13 @@ def _grant_serving_changes(role: iam.Role, prefix: str) -> None:
     """Models, configurations, packages and the endpoint of this stage."""
     endpoint = sagemaker_arn(f"endpoint/{prefix}")
     configs = sagemaker_arns(prefix, ["endpoint-config"])
-    packages = [sagemaker_arn(f"model-package-group/{prefix}"), sagemaker_arn(f"model-package/{prefix}/*")]
+    group, packages = sagemaker_arn(f"model-package-group/{prefix}"), sagemaker_arn(f"model-package/{prefix}/*")
     allow(role, ["sagemaker:CreateModel"], sagemaker_arns(prefix, ["model"]))
     allow(role, ["sagemaker:CreateEndpointConfig"], configs)
     allow(role, ["sagemaker:DescribeEndpoint", "sagemaker:DeleteEndpoint"], [endpoint])
     allow(role, ["sagemaker:CreateEndpoint", "sagemaker:UpdateEndpoint"], [endpoint, *configs])
-    allow(role, ["sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage"], packages)
+    allow(role, ["sagemaker:CreateModelPackage"], [group, packages])
+    allow(role, ["sagemaker:DescribeModelPackage"], [packages])
 
 
 def tracking_alarms(prefix: str) -> str:

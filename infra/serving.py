@@ -168,6 +168,7 @@ class PredictApi(Construct):
         self.secret = self._secret() if config.api.auth == "token" else None
         self.predict = self._predict(bucket)
         self.api = self._rest_api()
+        self.authorize: Function | None = None
         authorizer = self._authorizer()
         integration = apigateway.LambdaIntegration(self.predict.function, proxy=True, timeout=Duration.seconds(29))
         closed = {"authorizer": authorizer} if authorizer else {"authorization_type": apigateway.AuthorizationType.IAM}
@@ -277,7 +278,7 @@ class PredictApi(Construct):
                 logging_level=apigateway.MethodLoggingLevel.ERROR,
                 data_trace_enabled=False,
                 metrics_enabled=True,
-                tracing_enabled=True,
+                tracing_enabled=config.tracing,
                 access_log_destination=apigateway.LogGroupLogDestination(access_log),
                 access_log_format=apigateway.AccessLogFormat.custom(json.dumps(fields)),
             ),
@@ -293,7 +294,7 @@ class PredictApi(Construct):
         """The token's check; None with IAM, where API Gateway itself checks the signature."""
         if self.secret is None:
             return None
-        authorize = Function(
+        self.authorize = Function(
             self,
             "Authorize",
             config=self.config,
@@ -303,11 +304,11 @@ class PredictApi(Construct):
             environment={"TOKEN_SECRET_ARN": self.secret.secret_arn},
             timeout_s=10,
         )
-        self.secret.grant_read(authorize.role)
+        self.secret.grant_read(self.authorize.role)
         return apigateway.TokenAuthorizer(
             self,
             "TokenAuthorizer",
-            handler=authorize.function,
+            handler=self.authorize.function,
             # A changed token works, and an old one stops working, within a minute: 30 s here and 30 s in the Lambda.
             results_cache_ttl=Duration.seconds(30),
         )

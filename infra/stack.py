@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from aws_cdk import Aws, CfnElement, CfnOutput, RemovalPolicy, Stack
+from aws_cdk import Aws, CfnElement, CfnOutput, RemovalPolicy, Stack, Tags
 from aws_cdk import aws_iam as iam
+from aws_cdk import aws_kms as kms
 from aws_cdk import aws_s3 as s3
 from aws_cdk import aws_s3_assets as assets
 from aws_cdk import aws_sagemaker as sagemaker
@@ -12,11 +13,27 @@ from constructs import Construct
 from infra import acknowledgements, code
 from infra.config import StageConfig
 from infra.functions import Function
-from infra.operations import IdleSwitch, Notifications, OnDestroy, Watch, clean_up
+from infra.inputs import UPLOADS
+from infra.machines import has_local_storage
+from infra.network import Network
+from infra.operations import Budget, IdleSwitch, Notifications, OnDestroy, Watch, clean_up, dry_run
 from infra.pipeline import Pipeline
-from infra.roles import JobRoles, allow, debugger_image, grant_orchestration, read_keys, service_role, training_image
+from infra.roles import (
+    PULL,
+    JobRoles,
+    allow,
+    debugger_image,
+    grant_key,
+    grant_orchestration,
+    read_keys,
+    repository_of,
+    service_role,
+    training_image,
+    training_repository,
+)
 from infra.serving import PredictApi, ServerImage, smoke_test
-from infra.storage import Storage
+from infra.storage import Storage, encrypt
+from infra.triggers import Triggers
 
 
 class ImageClassifier(Stack):
@@ -24,13 +41,19 @@ class ImageClassifier(Stack):
 
     def __init__(self, scope: Construct, construct_id: str, *, config: StageConfig) -> None:
         super().__init__(scope, construct_id, description=f"Image classifier {config.prefix}: training, serving, web page")
+        for name, value in config.tags.items():
+            Tags.of(self).add(name, value)
+        if config.permissions_boundary:
+            boundary = iam.ManagedPolicy.from_managed_policy_arn(self, "Boundary", config.permissions_boundary)
+            iam.PermissionsBoundary.of(self).apply(boundary)
         archive, code_hash = code.model_code_archive()
         source = assets.Asset(self, "ModelCode", path=str(archive))
         deploy_folder = code.lambda_folder("deploy")
 
         storage = Storage(self, "Storage", config=config)
         data = storage.data
-        jobs = JobRoles(self, "Jobs", config=config, bucket=data, code=source)
+        network = Network(self, "Network", config=config) if config.network.vpc == "create" else None
+        jobs = JobRoles(self, "Jobs", config=config, bucket=data, code=source, key=storage.key)
         packages = sagemaker.CfnModelPackageGroup(
             self,
             "ModelPackages",
@@ -46,6 +69,16 @@ class ImageClassifier(Stack):
         predict = PredictApi(self, "Predict", config=config, bucket=data, machine_arn=machine_arn)
         smoke = smoke_test(self, "SmokeTest", config=config, url=predict.url, secret=predict.secret, folder=deploy_folder)
         cleaner = clean_up(self, "CleanUp", config=config, folder=deploy_folder)
+        server_image = config.serving_image_uri or server.uri
+        images = {
+            "ProcessingImage": training_image(self, config.processing.gpu),
+            "TuningImage": training_image(self, config.tuning_jobs.gpu),
+            "TrainingImage": training_image(self, config.training.gpu),
+            "ServerImage": server_image,
+        }
+        rehearsal = dry_run(
+            self, "DryRun", config=config, folder=deploy_folder, images=list(dict.fromkeys(images.values())), built_image=server.uri
+        )
         machine_role = service_role(self, "StateMachineRole", "states.amazonaws.com", "Runs the pipeline")
         pipeline = Pipeline(
             self,
@@ -55,18 +88,19 @@ class ImageClassifier(Stack):
             values={
                 "DataBucket": data.bucket_name,
                 "CodeUri": source.s3_object_url,
+                **({"CodeFile": source.s3_object_key} if config.network.isolation else {}),
+                **(network.values() if network else {}),
+                **({"KeyArn": storage.key.key_arn} if storage.key else {}),
                 "CodeHash": code_hash,
-                "ProcessingImage": training_image(self, config.processing.gpu),
-                "TuningImage": training_image(self, config.tuning_jobs.gpu),
-                "TrainingImage": training_image(self, config.training.gpu),
+                **images,
                 **{f"{name}Arn": role.role_arn for name, role in jobs.roles.items()},
                 "EndpointRoleArn": jobs.endpoint.role_arn,
-                "ServerImage": config.serving_image_uri or server.uri,
                 "ServerRepository": server.repository.repository_name,
                 "ServerTag": server.tag,
                 "ServerProject": server.project.project_name,
                 "SmokeTestFunctionArn": smoke.function.function_arn,
                 "CleanUpFunctionArn": cleaner.function.function_arn,
+                "DryRunFunctionArn": rehearsal.function.function_arn,
                 "TopicArn": notifications.topic.topic_arn,
                 "ApiUrl": predict.url,
                 **({"DebuggerImage": debugger_image(self)} if config.managed_debugger else {}),
@@ -74,6 +108,8 @@ class ImageClassifier(Stack):
         )
         machine = pipeline.machine
         Watch(self, "Watch", config=config, api=predict.api, machine=machine, topic=notifications.topic)
+        if config.monthly_budget_usd:
+            Budget(self, "Budget", config=config)
         on_destroy = OnDestroy(self, "OnDestroy", config=config, folder=deploy_folder, machine=machine)
         on_destroy.resource.node.add_dependency(packages)
         idle = None
@@ -84,17 +120,18 @@ class ImageClassifier(Stack):
         roles = [role.role_arn for role in [*jobs.roles.values(), jobs.endpoint]]
         grant_orchestration(machine_role, config=config, bucket=data, job_roles=roles)
         # Register resolves the image's digest and the artifact's tag with its caller's rights.
-        allow(machine_role, ["ecr:BatchGetImage", "ecr:DescribeImages"], [server.repository.repository_arn])
+        serving = repository_of(config.serving_image_uri) if config.serving_image_uri else server.repository.repository_arn
+        allow(machine_role, ["ecr:BatchGetImage", "ecr:DescribeImages"], [serving])
         allow(machine_role, ["s3:GetObject"], [data.arn_for_objects("models/*")])
-        allow(
-            machine_role,
-            ["codebuild:StartBuild", "codebuild:StopBuild", "codebuild:BatchGetBuilds"],
-            [server.project.project_arn],
-        )
+        if not config.serving_image_uri:
+            builds = ["codebuild:StartBuild", "codebuild:StopBuild", "codebuild:BatchGetBuilds"]
+            allow(machine_role, builds, [server.project.project_arn])
         smoke.function.grant_invoke(machine_role)
         cleaner.function.grant_invoke(machine_role)
+        rehearsal.function.grant_invoke(machine_role)
         notifications.topic.grant_publish(machine_role)
-        server.repository.grant_pull(jobs.endpoint)
+        # An older package may name the stage's own image also where another one is configured now.
+        allow(jobs.endpoint, PULL, list(dict.fromkeys([serving, server.repository.repository_arn])))
         endpoint = f"arn:{Aws.PARTITION}:sagemaker:{Aws.REGION}:{Aws.ACCOUNT_ID}:endpoint/{config.prefix}"
         predict.predict.allow(["sagemaker:InvokeEndpoint"], [endpoint])
         read_keys(predict.predict.role, data, ("champion.json", "models/*/labels.json"))
@@ -105,6 +142,19 @@ class ImageClassifier(Stack):
         if config.api.auth == "iam":
             smoke.allow(["execute-api:Invoke"], [predict.api.arn_for_execute_api("POST", "/predict", config.stage)])
 
+        # It looks whether something lies there, and reads nothing.
+        uploads = {"StringLike": {"s3:prefix": [f"{key}*" for key in UPLOADS]}}
+        allow(rehearsal.role, ["s3:ListBucket"], [data.bucket_arn], uploads)
+        for bucket in config.source_buckets:
+            allow(rehearsal.role, ["s3:ListBucket"], [f"arn:{Aws.PARTITION}:s3:::{bucket}"])
+        allow(rehearsal.role, ["ecr:BatchGetImage"], [training_repository(self), serving])
+        triggers = None
+        if config.triggers.schedule or config.triggers.incoming:
+            triggers = Triggers(self, "Triggers", config=config, bucket=data, machine_arn=machine_arn, folder=deploy_folder)
+        if storage.key:
+            readers = [predict.predict, smoke, *([predict.authorize] if predict.authorize else [])]
+            self._grant_key(config, storage.key, machine_role, readers)
+
         secret = predict.secret.secret_arn if predict.secret else "none: calls are signed with AWS credentials (api.auth iam)"
         outputs = {
             "ApiUrl": predict.url,
@@ -114,12 +164,23 @@ class ImageClassifier(Stack):
         }
         for name, value in outputs.items():
             CfnOutput(self, name, value=value)
-        self._accept_findings(config, data, jobs, machine_role, build_role, server, predict, on_destroy, [smoke, cleaner], idle)
+        self._accept_findings(
+            config, data, jobs, machine_role, build_role, server, predict, on_destroy, [smoke, cleaner, rehearsal], idle
+        )
+
+    def _grant_key(self, config: StageConfig, key: kms.IKey, machine_role: iam.Role, readers: list[Function]) -> None:
+        """Whoever reads or writes the bucket or reads the token needs the key."""
+        encrypt(self, key)
+        allow(machine_role, ["kms:Decrypt", "kms:GenerateDataKey*"], [key.key_arn])
+        if config.endpoint.mode == "realtime" and not has_local_storage(config.endpoint.instance_type):
+            grant_key(machine_role, key)
+        for function in readers:
+            function.allow(["kms:Decrypt"], [key.key_arn])
 
     def _accept_findings(
         self,
         config: StageConfig,
-        data: s3.Bucket,
+        data: s3.IBucket,
         jobs: JobRoles,
         machine_role: iam.Role,
         build_role: iam.Role,
@@ -138,6 +199,12 @@ class ImageClassifier(Stack):
         acknowledgements.accept_for_api(predict)
         acknowledgements.accept_on_destroy(on_destroy, config=config)
         acknowledgements.accept_for_scaling([machine_role, on_destroy, *([idle] if idle else [])], config=config)
+        acknowledgements.accept_for_dry_run(called[-1])
+        if not config.tracing:
+            acknowledgements.accept_without_tracing(self.node.find_child("Pipeline"))
+        acknowledgements.accept_for_sources(jobs, config=config)
+        acknowledgements.accept_for_network(jobs, self.node.try_find_child("Network"))
+        acknowledgements.accept_for_key([jobs])
         if config.endpoint.sleeps:
             acknowledgements.accept_for_waking(predict, config=config)
 

@@ -274,7 +274,7 @@ class AwsTask(StateTaskService):  # type: ignore[misc]
     def _eval_service_task(self, env: Any, resource_runtime_part: Any, normalised_parameters: Any, state_credentials: Any) -> None:
         if self.credentials:
             raise _failure(env, self, "States.Runtime", "Credentials of a task are not emulated; remove the field")
-        service, action = _BOTO_NAMES.get(self.resource.api_name, self.resource.api_name), self.resource.api_action
+        service, action = boto_name(self.resource.api_name), self.resource.api_action
         client = self.clients(service, env.aws_execution_details.role_arn)
         operation = action[:1].upper() + action[1:]
         request, response = self._call(env, client, operation, normalised_parameters)
@@ -302,7 +302,7 @@ class AwsTask(StateTaskService):  # type: ignore[misc]
     def _client_failure(self, env: Any, model: ServiceModel, error: ClientError) -> FailureEventException:
         """Error names as AWS documents them, e.g. ``Ecr.ImageNotFoundException``, ``SageMaker.AmazonSageMakerException``."""
         code, meta = error.response["Error"]["Code"], error.response["ResponseMetadata"]
-        title = _ERROR_PREFIX.get(self.resource.api_name, self.resource.api_name.capitalize())
+        title = error_prefix(self.resource.api_name)
         if code in model.shape_names:  # the API documents this error; the SDK has a class for it
             name = f"{title}.{code.removesuffix('Exception')}Exception"
         else:
@@ -367,6 +367,17 @@ _ERROR_PREFIX = {
 }
 SERVICES = frozenset({"sagemaker", "codebuild", "lambda", "sns", "aws-sdk"})
 """Services that a Task state may call; ``aws-sdk`` is every API that the local cloud answers."""
+
+
+def boto_name(api_name: str) -> str:
+    """botocore's name of a service that Step Functions spells in one word."""
+    return _BOTO_NAMES.get(api_name, api_name)
+
+
+def error_prefix(api_name: str) -> str:
+    """What a service's errors begin with, as Step Functions names them; either spelling of the service's name."""
+    plain = api_name.replace("-", "")
+    return _ERROR_PREFIX.get(plain, plain.capitalize())
 
 
 def _python_name(operation: str) -> str:

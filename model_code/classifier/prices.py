@@ -1,6 +1,6 @@
 """What an hour of a SageMaker instance costs, for estimates.
 
-List prices on demand, training and processing, us-east-1, US dollars an hour, without discounts, spot, storage and traffic, as
+List prices on demand, training and processing (hosting for c6i), us-east-1, US dollars an hour, without discounts, spot, storage and traffic, as
 known on PRICED_ON from https://aws.amazon.com/sagemaker/ai/pricing/; checked against no bill (docs/costs.md). A type that is not
 here has no estimate rather than a wrong one.
 """
@@ -19,6 +19,7 @@ USD_PER_HOUR = {
     "ml.m5.4xlarge": 0.922,
     "ml.m5.12xlarge": 2.765,
     "ml.m5.24xlarge": 5.53,
+    "ml.c6i.large": 0.102,
     "ml.c5.xlarge": 0.204,
     "ml.c5.2xlarge": 0.408,
     "ml.c5.4xlarge": 0.816,

@@ -15,12 +15,14 @@ import pytest
 from botocore.validate import ParamValidator
 
 from infra import requests
-from infra.config import ConfigError, StageConfig, load, merged
+from infra.config import ConfigError, StageConfig
 from infra.pipeline import definition
 from infra.roles import MANAGED, READS, WRITES
-from local_cloud.interpreter import QueryError, evaluate_jsonata
+from infra.verify import walk as walking
+from infra.verify.configurations import config_of
+from infra.verify.walk import TaskError
+from local_cloud.interpreter import evaluate_jsonata
 
-ROOT_CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
 BUCKET = "data-bucket"
 PACKAGE = "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/7"
 VALUES = {
@@ -39,6 +41,12 @@ VALUES = {
     "ApiUrl": "https://api.example/dev",
     "SmokeTestFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:smoke",
     "CleanUpFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:clean",
+    "DryRunFunctionArn": "arn:aws:lambda:us-east-1:000000000000:function:dry",
+    "KeyArn": "arn:aws:kms:us-east-1:000000000000:key/0123",
+    "CodeFile": "abc.gz",
+    "Subnet1": "subnet-1",
+    "Subnet2": "subnet-2",
+    "SecurityGroup": "sg-1",
     **{
         f"{name}Arn": f"arn:aws:iam::000000000000:role/{name}"
         for name in ("PrepareRole", "FeaturesRole", "TrainingRole", "EvaluateRole", "ReportRole", "BatchRole", "EndpointRole")
@@ -46,194 +54,31 @@ VALUES = {
 }
 
 
-class Node:
-    """A stand-in for a construct node with cdk.json's context."""
-
-    def __init__(self, **values: Any) -> None:
-        self.values = merged(ROOT_CONTEXT, values)
-
-    def try_get_context(self, key: str) -> Any:
-        return self.values.get(key)
-
-
-class TaskError(Exception):
-    """A service's error, as Step Functions names it."""
-
-    def __init__(self, error: str, cause: str) -> None:
-        super().__init__(error)
-        self.error, self.cause = error, cause
-
-
-class Walk:
-    """A small interpreter of the subset of the language that the definition uses; tasks are answered by ``answers``."""
-
-    def __init__(self, config: StageConfig, answers: Callable[[str, dict[str, Any]], Any]) -> None:
-        text = json.dumps(definition(config))
-        for name, value in VALUES.items():
-            text = text.replace(f"${{{name}}}", value)
-        assert "${" not in text, "a substitution without a value"
-        self.machine = json.loads(text)
-        self.answers = answers
-        self.variables: dict[str, Any] = {}
-        self.visited: list[str] = []
-        self.requests: dict[str, Any] = {}
-
-    def run(self, given: Any) -> tuple[str, Any]:
-        """Runs to the end; returns the last state's name and its output, or (name, {"Error", "Cause"}) of a Fail."""
-        name, data = self.machine["StartAt"], given
-        for _ in range(500):
-            self.visited.append(name)
-            state = self.machine["States"][name]
-            self.states = {"input": data, "context": self._context(name)}
-            if state["Type"] == "Succeed":
-                return name, self._value(state["Output"])
-            if state["Type"] == "Fail":
-                return name, {key: self._value(state[key]) for key in ("Error", "Cause")}
-            name = getattr(self, f"_{state['Type'].lower()}")(name, state)
-        raise AssertionError(f"no end after 500 states: {self.visited[-10:]}")
-
-    def _context(self, name: str) -> dict[str, Any]:
-        return {
-            "Execution": {"Id": "arn:aws:states:us-east-1:000000000000:execution:dogs-dev:run-1", "Name": "run-1"},
-            "State": {"Name": name, "RetryCount": 0},
-        }
-
-    def _value(self, template: Any) -> Any:
-        if isinstance(template, dict):
-            return {key: self._value(item) for key, item in template.items()}
-        if isinstance(template, list):
-            return [self._value(item) for item in template]
-        if isinstance(template, str) and template.startswith("{%"):
-            assert template.endswith("%}")
-            return evaluate_jsonata(template[2:-2].strip(), {"states": self.states, **self.variables})
-        return template
-
-    def _assign(self, holder: dict[str, Any]) -> None:
-        self.variables |= self._value(holder.get("Assign", {}))
-
-    def _pass(self, name: str, state: dict[str, Any]) -> str:
-        self._assign(state)
-        return str(state["Next"])
-
-    def _wait(self, name: str, state: dict[str, Any]) -> str:
-        return str(state["Next"])
-
-    def _choice(self, name: str, state: dict[str, Any]) -> str:
-        for choice in state["Choices"]:
-            answer = self._value(choice["Condition"])
-            assert isinstance(answer, bool), (name, choice, answer)
-            if answer:
-                self._assign(choice)
-                return str(choice["Next"])
-        return str(state["Default"])
-
-    def _task(self, name: str, state: dict[str, Any]) -> str:
-        try:
-            self.requests[name] = self._value(state["Arguments"])
-            self.states["result"] = self.answers(name, self.requests[name])
-            self._assign(state)
-        except (TaskError, QueryError) as raised:
-            error = raised if isinstance(raised, TaskError) else TaskError("States.QueryEvaluationError", str(raised))
-            self.states["errorOutput"] = {"Error": error.error, "Cause": error.cause}
-            for catch in state["Catch"]:
-                if error.error in catch["ErrorEquals"] or "States.ALL" in catch["ErrorEquals"]:
-                    self._assign(catch)
-                    return str(catch["Next"])
-            raise
-        return str(state["Next"])
-
-
-class Account:
-    """Answers as AWS gives them when everything works; ``faults`` maps a state to what it raises or answers instead."""
+class Account(walking.Account):
+    """The account of these tests."""
 
     def __init__(self, **faults: Any) -> None:
-        self.faults = faults
-        self.endpoint: dict[str, Any] | None = None
-        self.image_built = False
-        self.summary = {
-            "top1": 0.97,
-            "top5": 1.0,
-            "num_pictures": 100,
-            "champion_top1": None,
-            "num_classes": 10,
-            "labels_uri": f"s3://{BUCKET}/runs/run-1/evaluation/labels.json",
-            "model_data_url": f"s3://{BUCKET}/models/run-1/model.tar.gz",
-            "smoke_uri": f"s3://{BUCKET}/runs/run-1/evaluation/smoke/",
-        }
+        super().__init__(bucket=BUCKET, account="000000000000", **faults)
 
-    def __call__(self, name: str, request: dict[str, Any]) -> Any:
-        fault = self.faults.get(name)
-        if isinstance(fault, list):
-            fault = fault.pop(0) if fault else None
-        if isinstance(fault, Exception):
-            raise fault
-        if fault is not None:
-            return fault
-        return getattr(self, "on" + re.sub("([A-Z])", r"_\1", name).lower(), lambda _: {})(request)
 
-    def on_prepare_data(self, request: dict[str, Any]) -> Any:
-        return {"ProcessingJobName": request["ProcessingJobName"]}
+def resolved(chosen: StageConfig) -> dict[str, Any]:
+    """The definition with a value in every place."""
+    text = json.dumps(definition(chosen))
+    for name, value in VALUES.items():
+        text = text.replace(f"${{{name}}}", value)
+    assert "${" not in text, "a substitution without a value"
+    return dict(json.loads(text))
 
-    on_cache_features = on_evaluate = on_report = on_report_failure = on_classify_batch = on_prepare_data
 
-    def on_read_champion(self, request: dict[str, Any]) -> Any:
-        champion = {"model_package": PACKAGE, "model_data_url": f"s3://{BUCKET}/models/old/model.tar.gz", "top1": 0.9}
-        return {"Body": json.dumps(champion)}
+class Walk(walking.Walk):
+    """One execution of a stage's definition."""
 
-    def on_read_prepared(self, request: dict[str, Any]) -> Any:
-        result = {"dataset_hash": "abc", "dataset_uri": f"s3://{BUCKET}/datasets/abc/", "num_classes": 10}
-        result["num_pictures"] = {"train": 1000, "valid": 100, "test": 100}
-        return {"Body": json.dumps(result)}
-
-    def on_read_evaluation(self, request: dict[str, Any]) -> Any:
-        return {"Body": json.dumps(self.summary)}
-
-    def on_tune(self, request: dict[str, Any]) -> Any:
-        best = {"learning_rate": "0.0421", "batch_size": "128", "_tuning_objective_metric": "valid:best_top1"}
-        return {
-            "HyperParameterTuningJobName": request["HyperParameterTuningJobName"],
-            "BestTrainingJob": {"TunedHyperParameters": best},
-        }
-
-    def on_train(self, request: dict[str, Any]) -> Any:
-        artifact = f"s3://{BUCKET}/runs/run-1/training/{request['TrainingJobName']}/output/model.tar.gz"
-        return {"TrainingJobName": request["TrainingJobName"], "ModelArtifacts": {"S3ModelArtifacts": artifact}}
-
-    def on_find_server_image(self, request: dict[str, Any]) -> Any:
-        return {"Images": [{"ImageId": request["ImageIds"][0]}] if self.image_built else [], "Failures": []}
-
-    def on_register(self, request: dict[str, Any]) -> Any:
-        return {"ModelPackageArn": "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/1"}
-
-    def on_create_model(self, request: dict[str, Any]) -> Any:
-        return {"ModelArn": f"arn:aws:sagemaker:us-east-1:000000000000:model/{request['ModelName']}"}
-
-    def on_create_endpoint_config(self, request: dict[str, Any]) -> Any:
-        name = request["EndpointConfigName"]
-        return {"EndpointConfigArn": f"arn:aws:sagemaker:us-east-1:000000000000:endpoint-config/{name}"}
-
-    def on_find_endpoint(self, request: dict[str, Any]) -> Any:
-        if self.endpoint is None:
-            raise TaskError("SageMaker.SageMakerException", 'Could not find endpoint "arn:…". (Service: SageMaker)')
-        return self.endpoint
-
-    on_check_endpoint = on_check_restore = on_find_endpoint
-
-    def on_create_endpoint(self, request: dict[str, Any]) -> Any:
-        self.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": request["EndpointConfigName"]}
-        return {}
-
-    on_update_endpoint = on_restore_previous = on_create_endpoint
-
-    def on_delete_failed_endpoint(self, request: dict[str, Any]) -> Any:
-        self.endpoint = None
-        return {}
-
-    on_remove_endpoint = on_delete_failed_endpoint
+    def __init__(self, chosen: StageConfig, answers: Callable[[str, dict[str, Any]], Any]) -> None:
+        super().__init__(resolved(chosen), answers)
 
 
 def config(stage: str = "dev", **override: Any) -> StageConfig:
-    return load(Node(stage=stage, override=json.dumps(override)))
+    return config_of({"stage": stage, "override": json.dumps(override)})
 
 
 def walk(given: Any, *, stage: str = "dev", account: Account | None = None, **override: Any) -> tuple[Walk, str, Any]:
@@ -683,11 +528,15 @@ def test_torchrun_is_asked_for_where_there_is_more_than_one_process(
     assert _problems("CreateTrainingJob", machine.requests["Train"]) == []
 
 
+def _toolkit_of(chosen: StageConfig) -> dict[str, str]:
+    return requests._toolkit(chosen, "train_model.py", chosen.training)
+
+
 def test_the_toolkit_reads_the_switch_as_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its hyperparameters are JSON: a text in quotes would reach it as a string."""
     from sagemaker_training import environment
 
-    given = requests._toolkit("train_model.py", config("prod", training={"instance_count": 2}).training)
+    given = _toolkit_of(config("prod", training={"instance_count": 2}))
     (tmp_path / "hyperparameters.json").write_text(json.dumps(given))
     monkeypatch.setattr(environment, "hyperparameters_file_dir", str(tmp_path / "hyperparameters.json"))
     assert environment.read_hyperparameters()["sagemaker_torch_distributed_enabled"] is True

@@ -1,0 +1,276 @@
+"""JSONata without evaluating it: every variable exists, every path exists in what earlier states produce, every function is known.
+
+A *form* describes a value: a dictionary of fields, a list with one element's form, or None where nothing is known. Forms of
+``$states.result`` come from botocore's output shapes, those of variables from every ``Assign`` in the definition.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from botocore.model import ListShape, MapShape, Shape, StructureShape
+from jsonata import Jsonata
+
+from infra.verify.findings import Finding, shown
+
+Form = Any
+
+FUNCTIONS = frozenset(
+    [
+        "string",
+        "length",
+        "substring",
+        "substringBefore",
+        "substringAfter",
+        "uppercase",
+        "lowercase",
+        "trim",
+        "pad",
+        "contains",
+        "split",
+        "join",
+        "match",
+        "replace",
+        "base64encode",
+        "base64decode",
+        "encodeUrlComponent",
+        "encodeUrl",
+        "decodeUrlComponent",
+        "decodeUrl",
+        "number",
+        "abs",
+        "floor",
+        "ceil",
+        "round",
+        "power",
+        "sqrt",
+        "random",
+        "formatNumber",
+        "formatBase",
+        "formatInteger",
+        "parseInteger",
+        "sum",
+        "max",
+        "min",
+        "average",
+        "boolean",
+        "not",
+        "exists",
+        "count",
+        "append",
+        "sort",
+        "reverse",
+        "shuffle",
+        "distinct",
+        "zip",
+        "keys",
+        "lookup",
+        "spread",
+        "merge",
+        "sift",
+        "each",
+        "error",
+        "assert",
+        "type",
+        "map",
+        "filter",
+        "single",
+        "reduce",
+        "now",
+        "millis",
+        "fromMillis",
+        "toMillis",
+        "hash",
+        "uuid",
+        "parse",
+        "partition",
+        "range",
+    ]
+)
+"""JSONata's functions, less ``$eval``, and those that Step Functions adds.
+https://docs.jsonata.org/overview, https://docs.aws.amazon.com/step-functions/latest/dg/transforming-data.html"""
+
+CONTEXT: Form = {
+    "Execution": {
+        "Id": None, "Input": None, "Name": None, "RoleArn": None, "StartTime": None, "RedriveCount": None, "RedriveTime": None,
+    },
+    "State": {"EnteredTime": None, "Name": None, "RetryCount": None},
+    "StateMachine": {"Id": None, "Name": None},
+    "Task": {"Token": None},
+}  # fmt: skip
+"""https://docs.aws.amazon.com/step-functions/latest/dg/input-output-contextobject.html"""
+
+
+def source(text: Any) -> str | None:
+    """The JSONata between ``{%`` and ``%}``; None for anything else."""
+    if isinstance(text, str) and text.startswith("{%") and text.endswith("%}"):
+        return text[2:-2].strip()
+    return None
+
+
+def expressions(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """``(where, source)`` of every expression below ``value``."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from expressions(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from expressions(item, f"{path}[{index}]")
+    elif (found := source(value)) is not None:
+        yield path, found
+
+
+def result_form(shape: Shape | None, depth: int = 6) -> Form:
+    """The form of an API's answer as Step Functions shows it: member names begin with a capital letter."""
+    if depth == 0 or shape is None:
+        return None
+    if isinstance(shape, StructureShape):
+        return {name[:1].upper() + name[1:]: result_form(member, depth - 1) for name, member in shape.members.items()}
+    if isinstance(shape, ListShape):
+        return [result_form(shape.member, depth - 1)]
+    if isinstance(shape, MapShape):
+        return None
+    return None
+
+
+def merged(first: Form, second: Form) -> Form:
+    """The form of a value that has either form."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {
+            key: merged(first.get(key), second.get(key)) if key in first and key in second else first.get(key, second.get(key))
+            for key in {**first, **second}
+        }
+    return first if second is None else second if first is None else first
+
+
+@functools.lru_cache(maxsize=20_000)
+def tree(text: str) -> Any:
+    """The parsed expression. Raises whatever the parser raises: it has several kinds of error."""
+    return Jsonata(text).ast
+
+
+def children(node: Any) -> Iterator[Any]:
+    """The nodes directly below one."""
+    for name, value in vars(node).items():
+        if name.startswith("_outer") or name in ("ancestor", "slot", "seeking_parent", "next_function"):
+            continue
+        yield from _nodes(value)
+
+
+def _nodes(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _nodes(item)
+    elif hasattr(value, "type") and hasattr(value, "value") and hasattr(value, "position"):
+        yield value
+
+
+def walk(node: Any) -> Iterator[Any]:
+    """The node and all below it."""
+    yield node
+    for child in children(node):
+        yield from walk(child)
+
+
+class Checker:
+    """Checks the expressions of one place; ``known`` are the forms of the variables there, ``states`` of ``$states``."""
+
+    def __init__(self, where: str, known: dict[str, Form], states: Form) -> None:
+        self.where, self.known, self.states = where, known, states
+        self.findings: list[Finding] = []
+
+    def check(self, text: str) -> list[Finding]:
+        """Everything wrong with the expression."""
+        try:
+            root = tree(text)
+        except Exception as error:  # the parser raises several unrelated types
+            return [Finding("jsonata", self.where, shown(text), f"correct the expression: {error}")]
+        bound = {str(node.lhs.value): node.rhs for node in walk(root) if node.type == "bind"}
+        parameters = {
+            str(one.value) for node in walk(root) if node.type == "lambda" for one in getattr(node, "arguments", None) or []
+        }
+        self.local = {**dict.fromkeys(parameters), **bound}
+        self._visit(root)
+        return self.findings
+
+    def _visit(self, node: Any) -> None:
+        if node.type == "path":
+            self._path(node.steps)
+        elif node.type == "variable":
+            self._variable(node)
+        elif node.type in ("function", "partial") and node.procedure is not None and node.procedure.type == "variable":
+            name = str(node.procedure.value)
+            if name not in FUNCTIONS and name not in self.local:
+                self._say(f"${name}(…)", "Step Functions has no such function; see the functions of JSONata and Step Functions")
+            for child in node.arguments or []:
+                self._visit(child)
+            return
+        for child in children(node):
+            if node.type == "path" and child in node.steps and child.type == "variable":
+                continue
+            if node.type == "bind" and child is node.lhs:
+                continue
+            self._visit(child)
+
+    def _variable(self, node: Any) -> None:
+        name = str(node.value)
+        if name in ("", "$", "states") or name in self.local or name in FUNCTIONS:
+            return
+        if name not in self.known:
+            self._say(f"${name}", f"no state assigns it; expected one of {', '.join(sorted(self.known))}")
+
+    def _path(self, steps: list[Any]) -> None:
+        first = steps[0]
+        if first.type != "variable":
+            return
+        self._variable(first)
+        form = self._form_of(first)
+        if first.predicate:
+            form = _element(form)
+        said = f"${first.value}"
+        for step in steps[1:]:
+            if step.type != "name" or form is None:
+                return
+            form = _element(form)
+            said += f".{step.value}"
+            if isinstance(form, dict) and str(step.value) not in form:
+                self._say(said, f"there is no such field; expected one of {shown(', '.join(sorted(map(str, form))))}")
+                return
+            form = form.get(str(step.value)) if isinstance(form, dict) else None
+
+    def _form_of(self, node: Any) -> Form:
+        """What is known of a variable's value; of a local one, where it is another name for a path."""
+        name = str(node.value)
+        if name == "states":
+            return self.states
+        if name not in self.local:
+            return self.known.get(name)
+        return self.form(self.local[name])
+
+    def form(self, node: Any, depth: int = 8) -> Form:
+        """The form of an expression's value."""
+        if node is None or depth == 0:
+            return None
+        if node.type == "variable":
+            return None if str(node.value) in self.local and self.local[str(node.value)] is node else self._form_of(node)
+        if node.type == "path" and node.steps[0].type == "variable":
+            form = self._form_of(node.steps[0])
+            for step in node.steps[1:]:
+                form = _element(form)
+                form = form.get(str(step.value)) if isinstance(form, dict) and step.type == "name" else None
+            return form
+        if node.type == "block" and node.expressions:
+            return self.form(node.expressions[-1], depth - 1)
+        if node.type == "condition":
+            return merged(self.form(node.then, depth - 1), self.form(node._else, depth - 1))
+        return None
+
+    def _say(self, value: str, remedy: str) -> None:
+        self.findings.append(Finding("jsonata", self.where, value, remedy))
+
+
+def _element(form: Form) -> Form:
+    """JSONata looks into lists by itself."""
+    return form[0] if isinstance(form, list) and form else form
