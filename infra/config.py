@@ -321,7 +321,7 @@ class StageConfig(Section):
     data_bucket: Literal[""] | BucketName = ""
     """An existing bucket to use instead of one of our own; its encryption, life cycle and logs stay its owner's."""
     kms_key: Literal["", "create"] | KeyArn = ""
-    """Empty: AWS's own keys. ``create``: a customer key of this stack for everything that is stored; or the ARN of an existing key."""
+    """Empty: AWS's own keys. ``create``: a customer key of this stack for all that is stored; or the ARN of an existing key."""
     permissions_boundary: str = Field(default="", pattern=r"^$|^arn:aws[a-z-]*:iam::[0-9]{12}:policy/[\w+=,.@/-]+$")
     """ARN of the policy that limits every role of the stack."""
     tags: Annotated[dict[TagKey, TagValue], Field(max_length=40)] = {}
@@ -392,13 +392,13 @@ class StageConfig(Section):
     def _company_rules(self) -> Self:
         if self.network.isolation and self.input.pretrained == "torchvision":
             raise ValueError(
-                "input.pretrained is torchvision with network.isolation; expected a key such as pretrained/resnet50.pth, or none with "
-                "recipe scratch: the weights come through the channel pretrained"
+                "input.pretrained is torchvision with network.isolation; expected a key such as pretrained/resnet50.pth, or none "
+                "with recipe scratch: the weights come through the channel pretrained"
             )
         if self.network.vpc == "create" and self.allowed_hosts:
             raise ValueError(
-                f"allowed_hosts is {list(self.allowed_hosts)} with network.vpc create; expected []: there is no way to the internet, "
-                "upload the archive to incoming/"
+                f"allowed_hosts is {list(self.allowed_hosts)} with network.vpc create; expected []: there is no way to the "
+                "internet, upload the archive to incoming/"
             )
         if (self.network.own or self.network.isolation) and self.endpoint.mode == "serverless":
             raise ValueError(

@@ -617,7 +617,7 @@ def _proof_states(config: StageConfig) -> Json:
     """The smoke test, and what makes the new model the champion."""
     smoke = _lambda("SmokeTest", "SmokeTest", {"smoke_uri": ask("$champion.smoke_uri"), "run": ask("$champion.run")})
     smoke |= {"Next": "WriteChampion", "Catch": _catch("SmokeTest", "HasPrevious")}
-    champion = {**{name: ask(f"$champion.{name}") for name in _CHAMPION}, "endpoint_config": ask("$endpoint_config")}
+    champion = {**{name: ask(f"$champion.{name}") for name in CHAMPION}, "endpoint_config": ask("$endpoint_config")}
     write = _task(
         "WriteChampion",
         f"{SDK}:s3:putObject",
@@ -648,7 +648,8 @@ def _proof_states(config: StageConfig) -> Json:
     }
 
 
-_CHAMPION = ("model_package", "model_data_url", "labels_uri", "smoke_uri", "run", "top1", "dataset_hash", "image")
+CHAMPION = ("model_package", "model_data_url", "labels_uri", "smoke_uri", "run", "top1", "dataset_hash", "image")
+"""Fields of champion.json, beside the endpoint configuration's name."""
 
 
 def _result(config: StageConfig) -> Json:
@@ -784,11 +785,11 @@ def _failure_states(config: StageConfig) -> Json:
         "CleanUp": {**clean_up, "Next": "ChooseReport", "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "ChooseReport"}]},
         **_late_report_states(config),
         "NotifyFailure": {
-            **_publish("Classifier run failed", _explanation()),
+            **_publish("Classifier run failed", _explanation(config)),
             "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "Failed"}],
             "Next": "Failed",
         },
-        "Failed": {"Type": "Fail", "Error": ask("$failure.state & 'Failed'"), "Cause": ask(_explanation())},
+        "Failed": {"Type": "Fail", "Error": ask("$failure.state & 'Failed'"), "Cause": ask(_explanation(config))},
     }
 
 
@@ -831,11 +832,12 @@ def _reason() -> str:
     )
 
 
-def _explanation() -> str:
+def _explanation(config: StageConfig) -> str:
     """JSONata source: which state failed, why, what to do, and where the report is."""
+    advice = {state: text for state, text in ADVICE.items() if not (state == "BuildServer" and config.serving_image_uri)}
     return (
         f"($why := {_reason()}; "
-        f"$advice := $lookup({json.dumps(ADVICE)}, $failure.state); "
+        f"$advice := $lookup({json.dumps(advice)}, $failure.state); "
         "$end := $substring($why, -1) in ['.', '!', '?'] ? ' ' : '. '; "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & $end & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "

@@ -99,9 +99,7 @@ def write_keys(role: iam.Role, bucket: s3.IBucket, keys: tuple[str, ...]) -> Non
     allow(role, ["s3:PutObject", "s3:AbortMultipartUpload"], [bucket.arn_for_objects(key) for key in keys])
 
 
-LOOKS = [
-    f"ec2:Describe{what}" for what in ("DhcpOptions", "NetworkInterfaces", "SecurityGroups", "Subnets", "Vpcs")
-]
+LOOKS = [f"ec2:Describe{what}" for what in ("DhcpOptions", "NetworkInterfaces", "SecurityGroups", "Subnets", "Vpcs")]
 """What SageMaker looks up in a VPC. EC2 knows no resource for these."""
 
 

@@ -148,9 +148,8 @@ class ImageClassifier(Stack):
         for bucket in config.source_buckets:
             allow(rehearsal.role, ["s3:ListBucket"], [f"arn:{Aws.PARTITION}:s3:::{bucket}"])
         allow(rehearsal.role, ["ecr:BatchGetImage"], [training_repository(self), serving])
-        triggers = None
         if config.triggers.schedule or config.triggers.incoming:
-            triggers = Triggers(self, "Triggers", config=config, bucket=data, machine_arn=machine_arn, folder=deploy_folder)
+            Triggers(self, "Triggers", config=config, bucket=data, machine_arn=machine_arn, folder=deploy_folder)
         if storage.key:
             readers = [predict.predict, smoke, *([predict.authorize] if predict.authorize else [])]
             self._grant_key(config, storage.key, machine_role, readers)

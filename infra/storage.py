@@ -114,7 +114,7 @@ class Storage(Construct):
 
 
 def announce(bucket: s3.Bucket) -> None:
-    """Let a bucket tell EventBridge of new objects. CDK's own way would add a Lambda that sets what CloudFormation can say itself."""
+    """Let a bucket tell EventBridge of new objects. CDK's own way would add a Lambda that sets what CloudFormation can say."""
     resource = bucket.node.default_child
     if isinstance(resource, s3.CfnBucket):
         resource.notification_configuration = s3.CfnBucket.NotificationConfigurationProperty(

@@ -49,7 +49,7 @@ class Triggers(Construct):
         )
 
     def _incoming(self, bucket: s3.IBucket, folder: Path) -> Function:
-        """New files push an appointment further; see lambdas/deploy/incoming.py. Its group goes with the stack, and it with the group."""
+        """New files push an appointment further; see lambdas/deploy/incoming.py. It goes with its group, that with the stack."""
         config = self.config
         group = scheduler.CfnScheduleGroup(self, "Group", name=config.prefix)
         function = Function(

@@ -50,7 +50,11 @@ def main(argv: list[str]) -> int:
         for name, found, seconds in pool.map(verify, chosen, chosen.values(), templates.values()):
             faults += _tell(name, found, seconds)
     before = time.monotonic()
-    faults += _tell("asl-validator", list(tools.asl_validator({name: Deployment(t).machine for name, t in templates.items()})), time.monotonic() - before)
+    faults += _tell(
+        "asl-validator",
+        list(tools.asl_validator({name: Deployment(t).machine for name, t in templates.items()})),
+        time.monotonic() - before,
+    )
     if not flags.no_secrets:
         before = time.monotonic()
         faults += _tell("secrets", list(tools.secrets()), time.monotonic() - before)

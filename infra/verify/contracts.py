@@ -11,7 +11,7 @@ from typing import Any
 import botocore
 import botocore.session
 
-from infra import code
+from infra import code, pipeline
 from infra.config import MachineInput, QualityGate, Tuning
 
 Json = dict[str, Any]
@@ -42,14 +42,18 @@ PACKAGE_FACTS = frozenset(
 )
 """A model package's metadata: what the deployment of an older package reads, and what people look for in the console."""
 
-OUTPUT_FACTS = frozenset(
-    {
-        *("run", "api_url", "endpoint", "report_uri", "model_package", "model_data_url", "test_top1", "champion_top1"),
-        *("training_job", "tuning_job", "rules_fired", "best_hyperparameters", "dataset_hash", "input", "predictions_uri"),
-        "checks",
-    }
-)
-"""Names in an execution's output, as docs/api.md and the client tell them."""
+_TEXT, _NUMBER, _NOTHING = (str,), (int, float), (type(None),)
+OUTPUT_FACTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("run", "api_url", "endpoint", "report_uri", "model_package", "model_data_url", "dataset_hash"), _TEXT),
+    **dict.fromkeys(("input", "predictions_uri"), _TEXT),
+    **dict.fromkeys(("training_job", "tuning_job"), (*_TEXT, *_NOTHING)),
+    "test_top1": _NUMBER,
+    "champion_top1": (*_NUMBER, *_NOTHING),
+    "rules_fired": (list,),
+    "checks": (list,),
+    "best_hyperparameters": (dict, *_NOTHING),
+}
+"""Names in an execution's output and their types, as docs/api.md and the client tell them."""
 
 
 @functools.cache
@@ -79,6 +83,7 @@ def documents() -> dict[str, Any]:
     dataset["num_pictures"] = dict.fromkeys(("train", "valid", "test"))
     return {
         "dataset": dataset,
+        "champion": dict.fromkeys((*pipeline.CHAMPION, "endpoint_config")),
         "summary": literal_keys(CLASSIFIER / "evaluation.py", "_write", "summary"),
         "request": {
             **dict.fromkeys(MachineInput.model_fields),

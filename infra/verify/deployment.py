@@ -1,7 +1,7 @@
 """A stage as CloudFormation would make it: the template synthesised, its functions replaced by the values they would have.
 
-``synthesise_all`` runs ``app.py`` as the CDK's command line does. ``Deployment`` resolves ``Ref``, ``Fn::GetAtt``, ``Fn::Join``, ``Fn::Sub``
-and ``Fn::FindInMap`` for one account and region, so that policies hold ARNs and the state machine's definition holds names.
+``synthesise_all`` runs ``app.py`` as the CDK's command line does. ``Deployment`` resolves ``Ref``, ``Fn::GetAtt``, ``Fn::Join``,
+``Fn::Sub`` and ``Fn::FindInMap`` for one account and region, so that policies hold ARNs and the definition holds names.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Deployment:
     def role_named(self, arn: str) -> str:
         """Logical id of the role with this ARN; the ARN itself when it is none of this stack's."""
         known = {self.arn(name): name for name, kind in self.types.items() if kind == "AWS::IAM::Role"}
-        return known.get(arn, arn)
+        return known[arn] if arn in known else arn
 
     @cached_property
     def policies(self) -> dict[str, list[Statement]]:
@@ -213,7 +213,7 @@ class Deployment:
         """The resource's ARN."""
         kind = self.types[logical_id]
         pattern: str = _NAMED[kind][1] if kind in _NAMED else "arn:aws:other:{region}:{account}:{name}"
-        return pattern.format(account=ACCOUNT, region=REGION, name=self._name(logical_id))
+        return str(pattern).format(account=ACCOUNT, region=REGION, name=self._name(logical_id))
 
     def _ref(self, logical_id: str) -> Any:
         if logical_id in self.template.get("Parameters", {}):

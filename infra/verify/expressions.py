@@ -174,12 +174,22 @@ def walk(node: Any) -> Iterator[Any]:
         yield from walk(child)
 
 
-class Checker:
-    """Checks the expressions of one place; ``known`` are the forms of the variables there, ``states`` of ``$states``."""
+Scope = dict[str, Form]
 
-    def __init__(self, where: str, known: dict[str, Form], states: Form) -> None:
-        self.where, self.known, self.states = where, known, states
+
+class Checker:
+    """Checks the expressions of one place; ``known`` are the forms of the variables there, ``states`` of ``$states``.
+
+    ``names`` are the states' names, which tables looked up by ``$failure.state`` have as keys; ``documents`` is the form of what
+    ``$parse`` may give.
+    """
+
+    def __init__(
+        self, where: str, known: Scope, states: Form, *, names: frozenset[str] = frozenset(), documents: Form = None
+    ) -> None:
+        self.where, self.known, self.states, self.names, self.documents = where, known, states, names, documents
         self.findings: list[Finding] = []
+        self.read: set[str] = set()
 
     def check(self, text: str) -> list[Finding]:
         """Everything wrong with the expression."""
@@ -187,49 +197,77 @@ class Checker:
             root = tree(text)
         except Exception as error:  # the parser raises several unrelated types
             return [Finding("jsonata", self.where, shown(text), f"correct the expression: {error}")]
-        bound = {str(node.lhs.value): node.rhs for node in walk(root) if node.type == "bind"}
-        parameters = {
-            str(one.value) for node in walk(root) if node.type == "lambda" for one in getattr(node, "arguments", None) or []
-        }
-        self.local = {**dict.fromkeys(parameters), **bound}
-        self._visit(root)
+        self._visit(root, {})
         return self.findings
 
-    def _visit(self, node: Any) -> None:
-        if node.type == "path":
-            self._path(node.steps)
-        elif node.type == "variable":
-            self._variable(node)
-        elif node.type in ("function", "partial") and node.procedure is not None and node.procedure.type == "variable":
-            name = str(node.procedure.value)
-            if name not in FUNCTIONS and name not in self.local:
-                self._say(f"${name}(…)", "Step Functions has no such function; see the functions of JSONata and Step Functions")
-            for child in node.arguments or []:
-                self._visit(child)
-            return
-        for child in children(node):
-            if node.type == "path" and child in node.steps and child.type == "variable":
-                continue
-            if node.type == "bind" and child is node.lhs:
-                continue
-            self._visit(child)
+    def _visit(self, node: Any, local: Scope) -> None:
+        match node.type:
+            case "path":
+                self._path(node.steps, local)
+                for step in node.steps:
+                    for child in children(step) if step.type == "variable" else (step,):
+                        self._visit(child, local)
+            case "variable":
+                self._variable(node, local)
+                for child in children(node):
+                    self._visit(child, local)
+            case "lambda":
+                # A function sees what surrounds it, and its own parameters.
+                self._visit(node.body, {**local, **{str(one.value): None for one in node.arguments or []}})
+            case "block":
+                inner = dict(local)
+                for one in node.expressions:
+                    self._visit(one, inner)
+                    if one.type == "bind":
+                        inner[str(one.lhs.value)] = self.form(one.rhs, inner)
+            case "bind":
+                # A function may call itself by the name it gets.
+                self._visit(node.rhs, {**local, str(node.lhs.value): None})
+            case "function" | "partial":
+                self._function(node, local)
+            case _:
+                for child in children(node):
+                    self._visit(child, local)
 
-    def _variable(self, node: Any) -> None:
+    def _function(self, node: Any, local: Scope) -> None:
+        procedure = node.procedure
+        if procedure is not None and procedure.type == "variable":
+            name = str(procedure.value)
+            if name not in FUNCTIONS and name not in local:
+                self._say(f"${name}(…)", "there is no such function; see those of JSONata and Step Functions")
+            if name == "lookup":
+                self._table(node.arguments)
+        elif procedure is not None:
+            self._visit(procedure, local)
+        for one in node.arguments or []:
+            self._visit(one, local)
+
+    def _table(self, arguments: list[Any]) -> None:
+        """A table by the name of the state that failed: its keys are states."""
+        table, key = arguments
+        by_state = key.type == "path" and [str(step.value) for step in key.steps] == ["failure", "state"]
+        if table.type == "unary" and str(table.value) == "{" and by_state:
+            for entry, _ in table.lhs_object:
+                if self.names and str(entry.value) not in self.names:
+                    self._say(str(entry.value), "expected the name of a state")
+
+    def _variable(self, node: Any, local: Scope) -> None:
         name = str(node.value)
-        if name in ("", "$", "states") or name in self.local or name in FUNCTIONS:
+        if name not in local:
+            self.read.add(name)
+        if name in ("", "$", "states") or name in local or name in FUNCTIONS:
             return
         if name not in self.known:
-            self._say(f"${name}", f"no state assigns it; expected one of {', '.join(sorted(self.known))}")
+            self._say(f"${name}", f"no state assigns it; expected one of {', '.join(sorted({*self.known, *local}))}")
 
-    def _path(self, steps: list[Any]) -> None:
+    def _path(self, steps: list[Any], local: Scope) -> None:
         first = steps[0]
-        if first.type != "variable":
-            return
-        self._variable(first)
-        form = self._form_of(first)
+        if first.type == "variable":
+            self._variable(first, local)
+        form = self.form(first, local)
         if first.predicate:
             form = _element(form)
-        said = f"${first.value}"
+        said = f"${first.value}" if first.type == "variable" else "…"
         for step in steps[1:]:
             if step.type != "name" or form is None:
                 return
@@ -240,31 +278,26 @@ class Checker:
                 return
             form = form.get(str(step.value)) if isinstance(form, dict) else None
 
-    def _form_of(self, node: Any) -> Form:
-        """What is known of a variable's value; of a local one, where it is another name for a path."""
-        name = str(node.value)
-        if name == "states":
-            return self.states
-        if name not in self.local:
-            return self.known.get(name)
-        return self.form(self.local[name])
-
-    def form(self, node: Any, depth: int = 8) -> Form:
+    def form(self, node: Any, local: Scope, depth: int = 8) -> Form:
         """The form of an expression's value."""
         if node is None or depth == 0:
             return None
-        if node.type == "variable":
-            return None if str(node.value) in self.local and self.local[str(node.value)] is node else self._form_of(node)
-        if node.type == "path" and node.steps[0].type == "variable":
-            form = self._form_of(node.steps[0])
-            for step in node.steps[1:]:
-                form = _element(form)
-                form = form.get(str(step.value)) if isinstance(form, dict) and step.type == "name" else None
-            return form
-        if node.type == "block" and node.expressions:
-            return self.form(node.expressions[-1], depth - 1)
-        if node.type == "condition":
-            return merged(self.form(node.then, depth - 1), self.form(node._else, depth - 1))
+        match node.type:
+            case "variable":
+                name = str(node.value)
+                return local[name] if name in local else self.states if name == "states" else self.known.get(name)
+            case "path":
+                form = self.form(node.steps[0], local, depth - 1)
+                for step in node.steps[1:]:
+                    form = _element(form)
+                    form = form.get(str(step.value)) if isinstance(form, dict) and step.type == "name" else None
+                return form
+            case "block" if node.expressions:
+                return self.form(node.expressions[-1], local, depth - 1)
+            case "condition":
+                return merged(self.form(node.then, local, depth - 1), self.form(node._else, local, depth - 1))
+            case "function" if node.procedure is not None and str(node.procedure.value) == "parse":
+                return self.documents
         return None
 
     def _say(self, value: str, remedy: str) -> None:

@@ -6,6 +6,7 @@ Sources: https://states-language.net/spec.html (fields), https://docs.aws.amazon
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
 }  # fmt: skip
 _RETRY: dict[str, tuple[type, ...]] = {
-    "ErrorEquals": _LIST, "IntervalSeconds": _NUMBER, "MaxAttempts": _NUMBER, "BackoffRate": (int, float), "MaxDelaySeconds": _NUMBER,
-    "JitterStrategy": _TEXT, "Comment": _TEXT,
+    "ErrorEquals": _LIST, "IntervalSeconds": _NUMBER, "MaxAttempts": _NUMBER, "BackoffRate": (int, float),
+    "MaxDelaySeconds": _NUMBER, "JitterStrategy": _TEXT, "Comment": _TEXT,
 }  # fmt: skip
 _CATCH: dict[str, tuple[type, ...]] = {"ErrorEquals": _LIST, "Next": _TEXT, "Assign": _OBJECT, "Output": _ANY, "Comment": _TEXT}
 _CHOICE: dict[str, tuple[type, ...]] = {"Condition": _TEXT, "Next": _TEXT, "Assign": _OBJECT, "Output": _ANY, "Comment": _TEXT}
@@ -179,7 +180,10 @@ def _state(name: str, state: Json, states: Json) -> Iterator[Finding]:
             yield from _fields(where, choice, _CHOICE, ("Condition", "Next"))
             if source(choice.get("Condition")) is None:
                 yield Finding("language", where, shown(choice.get("Condition")), "expected {% a condition %}")
-    if kind == "Task":
+    for field in ("TimeoutSeconds", "HeartbeatSeconds"):
+        if isinstance(state.get(field), str) and source(state[field]) is None:
+            yield Finding("language", name, f"{field} is {shown(state[field])}", "expected a number of seconds")
+    if kind == "Task" and isinstance(state.get("Resource"), str):
         yield from _task(name, state)
 
 
@@ -310,7 +314,7 @@ def _polling(states: Json) -> Iterator[Finding]:
         choice = states[look["Next"]] if look.get("Type") == "Task" else {}
         described = look.get("Type") == "Task" and call_of(look["Resource"]).operation == "DescribeEndpoint"
         again = [one for one in choice.get("Choices", []) if one["Next"] == state["Next"]]
-        if not described or not again or "$polls" not in str(again[0]["Condition"]):
+        if not described or not again or not re.search(r"\$polls < \d+", str(again[0]["Condition"])):
             yield Finding(
                 "language",
                 name,
@@ -334,16 +338,41 @@ def forms(machine: Json) -> dict[str, Form]:
     return {**known, **{name: form for name, form in contracts.documents().items() if name in known}}
 
 
+def _parsed_documents() -> Form:
+    """The form of what ``$parse`` gives: a file of ours, the description of a job that failed, or a Lambda's error."""
+    form: Form = {"errorMessage": None, "errorType": None, "stackTrace": None}
+    for name in ("dataset", "summary", "champion"):
+        form = merged(form, contracts.documents()[name])
+    for kind in ("ProcessingJob", "TrainingJob", "HyperParameterTuningJob"):
+        form = merged(form, result_form(service_model("sagemaker").operation_model(f"Describe{kind}").output_shape))
+    return form
+
+
+def _before_tasks(machine: Json) -> set[str]:
+    """States that see the execution's own input: no task has put its result in its place."""
+    states, todo, seen = machine["States"], [machine["StartAt"]], {machine["StartAt"]}
+    while todo:
+        state = states[todo.pop()]
+        if state["Type"] == "Task":
+            continue
+        for _, target in transitions("", state):
+            if target not in seen:
+                seen.add(target)
+                todo.append(target)
+    return seen
+
+
 def _assigns(machine: Json) -> Iterator[tuple[str, Json, Form]]:
+    early = _before_tasks(machine)
     for name, state in machine["States"].items():
-        for where, part, states in _parts(name, state):
+        for where, part, states in _parts(name, state, name in early):
             if isinstance(part, dict) and "Assign" in part:
                 yield where, part["Assign"], states
 
 
-def _parts(name: str, state: Json) -> Iterator[tuple[str, Any, Form]]:
+def _parts(name: str, state: Json, early: bool) -> Iterator[tuple[str, Any, Form]]:
     """``(where, what holds expressions, form of $states there)``: a result exists after a task, an error in a Catch."""
-    base = {"input": None, "context": CONTEXT}
+    base = {"input": contracts.documents()["request"] if early else None, "context": CONTEXT}
     own = {key: item for key, item in state.items() if key not in ("Catch", "Choices", "Arguments", "Assign", "Output", "Retry")}
     yield name, own, base
     yield f"{name}.Arguments", {"Arguments": state.get("Arguments")}, base
@@ -368,13 +397,35 @@ def _form(value: Any, known: dict[str, Form], states: Form) -> Form:
         root = tree(text)
     except Exception:
         return None
-    checker.local = {}
-    return checker.form(root)
+    return checker.form(root, {})
 
 
 def _expressions(machine: Json) -> Iterator[Finding]:
-    known = forms(machine)
+    known, early, documents = forms(machine), _before_tasks(machine), _parsed_documents()
+    names, read = frozenset(machine["States"]), set()
     for name, state in machine["States"].items():
-        for where, part, states in _parts(name, state):
+        for where, part, states in _parts(name, state, name in early):
             for path, text in expressions(part):
-                yield from Checker(f"{where}.{path}" if where == name else where, known, states).check(text)
+                place = f"{where}.{path}" if where == name else where
+                checker = Checker(place, known, states, names=names, documents=documents)
+                yield from checker.check(text)
+                read |= checker.read
+    for name in sorted(set(known) - read):
+        yield Finding("language", f"variable {name}", "nothing reads it", "correct its name, or remove it")
+    yield from _literals(machine)
+
+
+def _literals(machine: Json) -> Iterator[Finding]:
+    """A variable that several states assign as an object has the same fields everywhere: what reads it relies on them."""
+    seen: dict[str, tuple[str, set[str]]] = {}
+    for where, assigned, _ in _assigns(machine):
+        for name, value in assigned.items():
+            if isinstance(value, dict) and value and name not in _GROWING:
+                first, fields = seen.setdefault(name, (where, set(value)))
+                if set(value) != fields:
+                    odd = ", ".join(sorted(set(value) ^ fields))
+                    yield Finding("language", where, f"{name} with {odd}", f"expected the fields that {first} gives it")
+
+
+_GROWING = frozenset({"dataset", "processing_jobs"})
+"""Variables that begin with what is read before they are filled."""

@@ -1,8 +1,9 @@
 """IAM both ways: every call is allowed by its role and its trust policy, and nothing is granted that no call needs.
 
-A *need* is an action on a pattern of resources, with the facts that AWS puts into the request's context. Needs come from the requests
-of the state machine (walked through), from the source of the Lambdas and the jobs, and from what AWS's services do on a role's
-behalf, each with the page that says so. A grant is too wide when an instance of it lies outside every need of the same action.
+A *need* is an action on a pattern of resources, with the facts that AWS puts into the request's context. Needs come from the
+requests of the state machine (walked through), from the source of the Lambdas and the jobs, and from what AWS's services do on a
+role's behalf, each with the page that says so. A grant is too wide when an instance of it lies outside every need of the same
+action.
 """
 
 from __future__ import annotations
@@ -95,9 +96,9 @@ def grants(statement: Statement, action: str, resource: str, context: dict[str, 
     )
 
 
-def instance(pattern: str, token: str = "zz/Zz") -> str:
+def instance(pattern: str, gap: str = "zz/Zz") -> str:
     """A resource that the pattern covers, with something in every gap that no narrower pattern would have there."""
-    return pattern.replace("*", token).replace("?", "z")
+    return pattern.replace("*", gap).replace("?", "z")
 
 
 # --- the check -------------------------------------------------------------------------------------------------------------
@@ -131,9 +132,10 @@ def _unneeded(policies: dict[str, list[Statement]], needs: list[Need]) -> Iterat
                     yield Finding("iam", role, f"{action} is granted", "no call needs it; remove it")
                     continue
                 for resource in statement.resources:
-                    if any(action == name and resource.endswith(end) for name, end in EXPLAINED):
-                        continue
-                    if not any(matches(need.resource, instance(resource)) for need in known):
+                    # Grants that CDK makes a little wider than the call.
+                    ends = [end for name, end in EXPLAINED if action == name and resource.endswith(end)]
+                    narrow = resource.removesuffix(ends[0]) if ends else resource
+                    if not any(matches(need.resource, instance(narrow)) for need in known):
                         scopes = ", ".join(sorted({need.resource for need in known}))
                         yield Finding(
                             "iam", role, f"{action} on {resource} is granted", f"wider than any call needs: {shown(scopes)}"

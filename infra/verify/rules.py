@@ -503,6 +503,11 @@ def _object(request: Json) -> Said:
         ):
             yield f"body {shown(body)}", "expected a flat JSON object"
         read = {"model_package", "endpoint_config", "labels_uri", "run", "dataset_hash", "top1", "model_data_url"}
+        for name in sorted(set(body) & (read | {"smoke_uri", "image"}) - {"top1"}):
+            if not isinstance(body[name], str):
+                yield f"champion.json's {name} is {body[name]!r}", "expected a text"
+        if not 0 <= body.get("top1", 0) <= 1:
+            yield f"champion.json's top1 is {body['top1']!r}", "expected a share from 0 to 1"
         for name in sorted(read - set(body)):
             yield f"champion.json without {name}", "lambdas/predict and evaluate.py read it"
         for name in sorted(set(body) - read - {"smoke_uri", "image"}):

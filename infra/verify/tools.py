@@ -1,7 +1,7 @@
 """Other people's verifiers over a stage: cfn-lint, asl-validator, moto's parser, parliament, and checkov's secret scan.
 
-CDK's own validation and cdk-nag run when the stage is synthesised. What a tool says wrongly is listed here with the reason; anything
-else it says is a fault.
+CDK's own validation and cdk-nag run when the stage is synthesised. What a tool says wrongly is listed here with the reason; all else it
+says is a fault.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def check(deployment: Deployment) -> list[Finding]:
 
 def cfn_lint(deployment: Deployment) -> Iterator[Finding]:
     """cfn-lint over the template, and over the state machine as it will be: substitutions would hide faults from it."""
-    from cfnlint import ManualArgs
-    from cfnlint import lint
+    from cfnlint import ManualArgs, lint
 
     config = ManualArgs(regions=[REGION], ignore_checks=IGNORED_CFN_LINT)
     resolved = {
@@ -81,7 +80,7 @@ def moto_parser(machine: Json) -> Iterator[Finding]:
 
 
 def asl_validator(machines: dict[str, Json]) -> Iterator[Finding]:
-    """asl-validator over several stages' definitions at once. It takes no empty texts, which the language allows: they get a letter."""
+    """asl-validator over several stages' definitions at once. It takes no empty texts, which the language allows: they get one."""
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for name, machine in machines.items():
@@ -122,9 +121,7 @@ def _misjudgements_removed(issue: str, detail: Any) -> Any:
     if not isinstance(detail, list) or not all(isinstance(one, dict) for one in detail):
         return detail or issue
     known = MISJUDGED.get(issue, set())
-    return [
-        one for one in detail if str(one.get("action")) not in known and not str(one.get("action")).startswith(CDKS_WILDCARDS)
-    ]
+    return [one for one in detail if str(one.get("action")) not in known and not str(one.get("action")).startswith(CDKS_WILDCARDS)]
 
 
 def secrets() -> Iterator[Finding]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from infra.config import StageConfig
+from infra.pipeline import JOB_STATES
+from infra.verify import contracts
 from infra.verify.deployment import ACCOUNT, REGION
 from infra.verify.expressions import source, tree
 from infra.verify.expressions import walk as nodes
@@ -96,6 +98,9 @@ class Walk:
         self.variables |= assigned
         for name, value in assigned.items():
             self.kinds.setdefault(name, set()).update(_kinds(name, value))
+            if isinstance(value, dict) and name not in _FREE:
+                for field, item in value.items():
+                    self.kinds.setdefault(f"{name}.{field}", set()).update(_kinds(field, item))
 
     def _go(self, name: str, where: str, target: Any) -> str:
         self.taken.add((where, str(target)))
@@ -138,7 +143,13 @@ class Walk:
 
 def _kinds(name: str, value: Any) -> set[str]:
     """What a variable holds, so that one that changes its type is seen. Null stands for nothing yet; objects may grow."""
+    if isinstance(value, dict) and name not in _FREE:
+        return {"object"}
     return set() if value is None else {type(value).__name__.replace("float", "int")}
+
+
+_FREE = frozenset({"request", "static", "best"})
+"""Variables with fields that the user names."""
 
 
 _evaluated: dict[tuple[str, str], Any] = {}
@@ -303,6 +314,8 @@ class Scenario(NamedTuple):
     given: Any
     account: Callable[[], Account]
     run: str = "run-1"
+    succeeds: bool = False
+    """Whether the execution must end well all the same."""
 
 
 def scenarios(config: StageConfig, machine: Json, bucket: str) -> Iterator[Scenario]:
@@ -384,7 +397,9 @@ def _situations(config: StageConfig, account: _Make) -> Iterator[Scenario]:
     yield Scenario("the endpoint is out of service", deploy, account("OutOfService"))
     yield Scenario("the endpoint has failed", deploy, account("Failed"))
     yield Scenario("the endpoint is moving", deploy, account("InService", FindEndpoint=[moving, moving]))
-    yield Scenario("the endpoint never rests", deploy, account("InService", FindEndpoint=[moving] * 2000))
+    yield Scenario("the endpoint never rests", deploy, account("InService", FindEndpoint=moving))
+    yield Scenario("the new model never rests", deploy, account("InService", CheckEndpoint=moving))
+    yield Scenario("the way back never ends", deploy, account("InService", SmokeTest=wrong, CheckRestore=moving))
     yield Scenario("the new model starts slowly", deploy, account("InService", CheckEndpoint=[moving]))
     yield Scenario("the new model never starts", deploy, account(CheckEndpoint=[failed]))
     yield Scenario("the new model is wrong", deploy, account("InService", SmokeTest=wrong))
@@ -462,7 +477,8 @@ def _faults(state: str, definition: Json, config: StageConfig, account: _Make) -
             account(endpoint, **others, **{state: TaskError("States.TaskFailed", json.dumps(job))}),
         )
         scarce = TaskError("States.TaskFailed", json.dumps(job | {"FailureReason": "CapacityError: Unable to provision"}))
-        yield Scenario(f"{state}: no machine for a while", given, account(endpoint, **others, **{state: [scarce]}))
+        waits = account(endpoint, **others, **{state: [scarce]})
+        yield Scenario(f"{state}: no machine for a while", given, waits, succeeds=state in JOB_STATES)
         yield Scenario(f"{state}: no machine at all", given, account(endpoint, **others, **{state: [scarce] * 9}))
 
 
@@ -501,10 +517,11 @@ def walks(config: StageConfig, machine: Json, bucket: str) -> Walked:
                     f"{scenario.name}: {json.dumps(output, ensure_ascii=False)}",
                     "correct the expression that failed on the way",
                 )
+            if scenario.succeeds and machine["States"][last]["Type"] != "Succeed":
+                found(last, f"{scenario.name}: the execution fails", "expected it to try again and to succeed")
             if machine["States"][last]["Type"] == "Succeed":
-                unknown = set(output) - _output_facts()
-                for name in sorted(unknown):
-                    found(last, f"output {name}", "expected a name that docs/api.md tells")
+                for name, value, expected_kind in _odd_outputs(output, scenario.run):
+                    found(last, f"output {name} is {value!r}", f"expected {expected_kind}")
         except WalkError as error:
             found(error.state, f"{scenario.name}: {error}", "correct the condition or the way back")
         except QueryError as error:
@@ -538,7 +555,16 @@ UNREACHED: dict[str, str] = {
 """Branches that no scenario can take, and why they are there."""
 
 
-def _output_facts() -> frozenset[str]:
-    from infra.verify import contracts
-
-    return contracts.OUTPUT_FACTS
+def _odd_outputs(output: Json, run: str) -> Iterator[tuple[str, Any, str]]:
+    """What of an execution's output is not as docs/api.md tells."""
+    for name, value in output.items():
+        kinds = contracts.OUTPUT_FACTS.get(name)
+        if kinds is None:
+            yield name, value, f"one of {', '.join(contracts.OUTPUT_FACTS)}"
+        elif not isinstance(value, kinds) or isinstance(value, bool):
+            yield name, value, " or ".join(kind.__name__ for kind in kinds)
+    for name in ("test_top1", "champion_top1"):
+        if isinstance(output.get(name), int | float) and not 0 <= output[name] <= 1:
+            yield name, output[name], "a share from 0 to 1"
+    if output.get("run") != run:
+        yield "run", output.get("run"), "the execution's name"

@@ -16,20 +16,12 @@ from cfnlint import lint as cfn_lint
 
 from infra import code, images
 from infra.roles import ROLES
-from infra.verify.configurations import CONFIGURATIONS, OWN_IMAGE
-from infra.verify.deployment import synthesise_all
+from infra.verify.configurations import OWN_IMAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("dev", "prod", "local")
 # CDK names dependencies that references already imply: harmless, and not ours to change.
 IGNORED = ["W3005"]
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The template of each stage and of the configurations that these tests look at."""
-    names = (*STAGES, "variant", "idle")
-    return synthesise_all(tmp_path_factory.mktemp("assemblies"), {name: CONFIGURATIONS[name] for name in names})
 
 
 def of_type(template: dict[str, Any], kind: str) -> dict[str, Any]:
