@@ -93,7 +93,7 @@ check: $(VENV)/.test  ## ruff and mypy
 	cd model_code && ../$(VENV)/bin/mypy --config-file ../pyproject.toml .
 
 synth: $(VENV)/.run $(CLI)  ## the CloudFormation template of STAGE (default dev), into cdk.out
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(CLI) synth --quiet -c stage=$(STAGE) && echo "cdk.out/ImageClassifier-$(STAGE).template.json"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(CLI) synth --quiet -c stage=$(STAGE) && ls cdk.out/*.template.json
 
 # What the SageMaker training container brings itself, so that our jobs do not install it over its own.
 IN_CONTAINER := torch torchvision numpy pillow boto3 botocore s3transfer protobuf jmespath urllib3 python-dateutil six sympy mpmath \

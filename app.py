@@ -13,7 +13,7 @@ def synthesise(app: cdk.App) -> None:
     """Synthesise the stage that the app's context names; CDK's and cdk-nag's findings are errors."""
     config = load(app.node)
     cdk.Validations.of(app).add_plugins(AwsSolutionsChecks(app))
-    ImageClassifier(app, f"ImageClassifier-{config.stage}", config=config)
+    ImageClassifier(app, config.stack_name, config=config)
     cdk.Tags.of(app).add("project", config.prefix)
     app.synth()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -365,6 +366,12 @@ class StageConfig(Section):
         return f"{self.name}-{self.stage}"
 
     @property
+    def stack_name(self) -> str:
+        """Name of the CloudFormation stack. With ``name`` in it, a renamed stage is a stack of its own: CloudFormation would
+        otherwise change the old one, and forget the endpoint that executions had made under the old name."""
+        return f"ImageClassifier-{self.prefix}"
+
+    @property
     def destroys_data(self) -> bool:
         """Whether deleting the stack deletes its data."""
         return self.removal == "destroy"
@@ -431,6 +438,18 @@ class ContextReader(Protocol):
     def try_get_context(self, key: str) -> Any:
         """The value of a context key, or None."""
         ...
+
+
+class FileContext:
+    """``cdk.json``'s context with changes, read as CDK's command line reads it."""
+
+    def __init__(self, **changes: Any) -> None:
+        context = json.loads((Path(__file__).resolve().parent.parent / "cdk.json").read_text())["context"]
+        self.values = merged(context, changes)
+
+    def try_get_context(self, key: str) -> Any:
+        """The value of a context key, or None."""
+        return self.values.get(key)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

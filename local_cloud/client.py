@@ -18,6 +18,8 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
+from infra.config import FileContext, load
+
 KINDS = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp", ".bmp": "image/bmp",
          ".tif": "image/tiff", ".tiff": "image/tiff"}  # fmt: skip
 MAX_WAIT_S = 900.0
@@ -39,7 +41,7 @@ class ClientSideError(Exception):
 
 def outputs_of(stage: str, session: Any) -> dict[str, str]:
     """The outputs of the stage's stack. Raises ClientSideError when it is not deployed."""
-    name = f"ImageClassifier-{stage}"
+    name = load(FileContext(stage=stage)).stack_name
     try:
         (stack,) = session.client("cloudformation").describe_stacks(StackName=name)["Stacks"]
     except ClientError as error:

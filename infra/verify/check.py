@@ -36,6 +36,8 @@ def check_machine(config: StageConfig, deployment: Deployment, machine: Json) ->
     if found:
         # A definition that is none cannot be walked.
         return found
+    if "Bucket" not in machine["States"]["WriteChampion"]["Arguments"]:
+        return [Finding("request", "WriteChampion", "Bucket is missing", "see s3's PutObject")]
     walked = walks(config, machine, bucket_of(machine))
     found = [*walked.findings, *_requests(deployment, machine, walked)]
     # Only an execution that ends well tells all names.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra.config import StageConfig, load, merged
-from infra.verify.deployment import ACCOUNT, REGION, ROOT
+from infra.config import FileContext, StageConfig, load
+from infra.verify.deployment import ACCOUNT, REGION
 
 LOCAL_URL = "http://localhost:4566/restapis/{api}/{stage}/_user_request_"
 OWN_IMAGE = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/own:1"
@@ -83,18 +83,6 @@ CONFIGURATIONS: dict[str, dict[str, str]] = {
 """Name -> context."""
 
 
-class Node:
-    """What ``load`` reads of a construct's node, from cdk.json and a context."""
-
-    def __init__(self, **values: Any) -> None:
-        context = json.loads((ROOT / "cdk.json").read_text())["context"]
-        self.values = merged(context, values)
-
-    def try_get_context(self, key: str) -> Any:
-        """The value of a context key, or None."""
-        return self.values.get(key)
-
-
 def config_of(context: dict[str, str]) -> StageConfig:
     """The configuration that a context chooses."""
-    return load(Node(**context))
+    return load(FileContext(**context))

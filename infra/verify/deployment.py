@@ -71,7 +71,7 @@ def synthesise_all(folder: Path, contexts: dict[str, dict[str, str]]) -> dict[st
     names = list(contexts)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda part: _synthesise(folder, {name: contexts[name] for name in part}), (names[::2], names[1::2])))
-    return {name: _template(folder / name, contexts[name]) for name in names}
+    return {name: _template(folder / name) for name in names}
 
 
 def _synthesise(folder: Path, contexts: dict[str, dict[str, str]]) -> None:
@@ -84,8 +84,9 @@ def _synthesise(folder: Path, contexts: dict[str, dict[str, str]]) -> None:
         raise SynthesisError((done.stdout + done.stderr).strip())
 
 
-def _template(out: Path, context: dict[str, str]) -> Json:
-    template: Json = json.loads((out / f"ImageClassifier-{context['stage']}.template.json").read_text())
+def _template(out: Path) -> Json:
+    (path,) = out.glob("*.template.json")
+    template: Json = json.loads(path.read_text())
     return template
 
 

@@ -134,6 +134,7 @@ def _check(machine: Json) -> Iterator[Finding]:
         yield Finding("language", "QueryLanguage", shown(machine.get("QueryLanguage")), "expected JSONata")
     if machine.get("StartAt") not in states:
         yield Finding("language", "StartAt", shown(machine.get("StartAt")), "expected the name of a state")
+        return
     sound = True
     for name, state in states.items():
         for finding in _state(name, state, states):

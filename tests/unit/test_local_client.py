@@ -138,7 +138,7 @@ def test_an_api_behind_iam_says_how_it_is_asked(tmp_path: Path):
 
 
 def test_a_stage_that_is_not_deployed_says_what_to_do():
-    missing = {"code": "ValidationError", "message": "Stack with id ImageClassifier-prod does not exist"}
+    missing = {"code": "ValidationError", "message": "Stack with id ImageClassifier-dogs-prod does not exist"}
     with pytest.raises(ClientSideError, match=r"STAGE=prod: .* us-east-1.*make deploy STAGE=prod"):
         client.outputs_of("prod", Session(cloudformation=[("describe_stacks", missing)]))
 
