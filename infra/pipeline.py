@@ -526,6 +526,8 @@ def _change_states(config: StageConfig) -> Json:
     changed = "StopScaling" if unscaled else "UpdateEndpoint"
     update = _task("UpdateEndpoint", f"{OPTIMIZED}:updateEndpoint", requests.update_endpoint(config), "WaitForEndpoint")
     update["Assign"] = {"polls": 0, "previous_config": ask("$endpoint.config")}
+    # Another execution may change the endpoint between our look and our call.
+    create["Catch"], update["Catch"] = _catch("CreateEndpoint", "EndpointTaken"), _catch("UpdateEndpoint", "EndpointTaken")
     delete = _task("DeleteFailedEndpoint", f"{SDK}:sagemaker:deleteEndpoint", {"EndpointName": config.prefix}, "WaitForOthers")
     in_time = f"$polls < {_max_polls(config)}"
     return {
@@ -547,6 +549,17 @@ def _change_states(config: StageConfig) -> Json:
         **(_stop_scaling_states(config) if unscaled else {}),
         "UpdateEndpoint": update,
         "DeleteFailedEndpoint": delete,
+        "EndpointTaken": {
+            "Type": "Choice",
+            "Comment": "Two executions at once: the one that comes second waits for the first, and deploys after it",
+            "Choices": [
+                {
+                    "Condition": ask(f"$contains($failure.cause, /already existing|in-progress/) and {in_time}"),
+                    "Next": "WaitForOthers",
+                }
+            ],
+            "Default": "CleanUp",
+        },
         "WaitForOthers": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "FindEndpoint"},
     }
 
@@ -573,7 +586,7 @@ def _scale_states(config: StageConfig) -> Json:
     for name, (call, request, following) in calls.items():
         states[name] = _task(name, f"{SDK}:applicationautoscaling:{call}", request, following)
         states[name]["Retry"] = [_retry(SCALING_BUSY)]
-        states[name]["Catch"] = _catch(name, "HasPrevious")
+        states[name]["Catch"] = _catch(name, "CheckCurrent")
     return states
 
 
@@ -608,7 +621,7 @@ def _wait_states(config: StageConfig) -> Json:
                     ),
                 }
             },
-            "Next": "HasPrevious",
+            "Next": "CheckCurrent",
         },
     }
 
@@ -616,7 +629,7 @@ def _wait_states(config: StageConfig) -> Json:
 def _proof_states(config: StageConfig) -> Json:
     """The smoke test, and what makes the new model the champion."""
     smoke = _lambda("SmokeTest", "SmokeTest", {"smoke_uri": ask("$champion.smoke_uri"), "run": ask("$champion.run")})
-    smoke |= {"Next": "WriteChampion", "Catch": _catch("SmokeTest", "HasPrevious")}
+    smoke |= {"Next": "WriteChampion", "Catch": _catch("SmokeTest", "CheckCurrent")}
     champion = {**{name: ask(f"$champion.{name}") for name in CHAMPION}, "endpoint_config": ask("$endpoint_config")}
     write = _task(
         "WriteChampion",
@@ -629,7 +642,7 @@ def _proof_states(config: StageConfig) -> Json:
         },
         "Publish",
     )
-    write["Catch"] = _catch("WriteChampion", "HasPrevious")
+    write["Catch"] = _catch("WriteChampion", "CheckCurrent")
     write["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
     message = (
         f"'Run ' & $run & ' serves on endpoint {config.prefix}: test top1 ' & $string($round($champion.top1, 4)) & "
@@ -724,6 +737,8 @@ def _restore_states(config: StageConfig) -> Json:
     remove["Catch"] = [{"ErrorEquals": ["States.ALL"], "Next": "CleanUp"}]
     moving = f"$endpoint.status in {json.dumps(WAITING)} and $polls < {_max_polls(config)}"
     return {
+        # The endpoint as it is now: another execution may have changed it since we looked, and its model is not ours to take back.
+        "CheckCurrent": _describe(config, "CheckCurrent", "HasPrevious"),
         "HasPrevious": {
             "Type": "Choice",
             "Choices": [

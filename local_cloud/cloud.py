@@ -27,11 +27,12 @@ import boto3
 
 from local_cloud import emulator, validation
 from local_cloud.codebuild import CodeBuild
-from local_cloud.images import Images
+from local_cloud.images import Images, aws_images
 from local_cloud.live import PREFIX, LiveReports
 from local_cloud.sagemaker import SageMaker, Settings
+from local_cloud.quotas import Quotas
 from local_cloud.scaling import Scaling
-from local_cloud.service import Caller, Service, ServiceError
+from local_cloud.service import Caller, Permission, Service, ServiceError
 from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
 from local_cloud.stepfunctions import StepFunctions
 
@@ -62,6 +63,7 @@ class LocalCloud:
             "stepfunctions": states,
             "codebuild": CodeBuild(self, images),
             "application-autoscaling": Scaling(self, self._sagemaker.endpoints.variants),
+            "service-quotas": Quotas(),
         }
         self._live = LiveReports(self, states.executions)
         self._ministack = emulator.application()
@@ -103,6 +105,13 @@ class LocalCloud:
             await _send(send, *await asyncio.to_thread(self._live.answer, scope["path"], headers.get("host", "")))
             return
         target = _target(scope, headers)
+        if headers.get("x-amz-target", "").endswith(".BatchGetImage"):
+            body = await _read(receive)
+            found = aws_images(body)
+            if found is not None:
+                await _send(send, *await asyncio.to_thread(self._aws_image, scope, headers, body, found))
+                return
+            receive = _again(body)
         if target is None:
             # The loopback interface stands for TLS: a load balancer that ended it would say so with this header.
             secure = {**scope, "headers": [*scope["headers"], (b"x-forwarded-proto", b"https")]}
@@ -142,6 +151,19 @@ class LocalCloud:
         caller = emulator.authenticate(scope, headers, body, handler.permissions(operation, request), service)
         return handler.call(operation, request, caller)
 
+    def _aws_image(
+        self, scope: Scope, headers: dict[str, str], body: bytes, found: dict[str, Any]
+    ) -> tuple[int, dict[str, str], bytes]:
+        """What AWS's own registries say of the containers that this cloud runs."""
+        resource = f"arn:aws:ecr:{self.region}:{found['images'][0]['registryId'] if found['images'] else '*'}:repository/pytorch"
+        request_id = str(uuid.uuid4())
+        try:
+            emulator.authenticate(scope, headers, body, [Permission("ecr:BatchGetImage", resource)], "ecr")
+        except ServiceError as error:
+            self._denied("BatchGetImage", error.message)
+            return _error_answer(error, request_id)
+        return 200, {"content-type": "application/x-amz-json-1.1", "x-amzn-requestid": request_id}, json.dumps(found).encode()
+
     def _invoke(self, scope: Scope, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         match = _INVOKE.fullmatch(scope["path"])
         name = match.group(1) if match else ""
@@ -178,6 +200,8 @@ def _target(scope: Scope, headers: dict[str, str]) -> tuple[str, str] | None:
         return ("stepfunctions", operation)
     if signed_for == "application-autoscaling":
         return (signed_for, operation)
+    if signed_for == "servicequotas":
+        return ("service-quotas", operation)
     if signed_for == "codebuild" and operation in _BUILD_OPERATIONS:
         return ("codebuild", operation)
     return None
@@ -191,6 +215,15 @@ async def _read(receive: Receive) -> bytes:
         body += part
         if len(body) > _MAX_BODY_BYTES or not message.get("more_body"):
             return body
+
+
+def _again(body: bytes) -> Receive:
+    """A body that was read already, for somebody else to read."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 def _watched(send: Send, denied: Callable[[str, str], None], scope: Scope, headers: dict[str, str]) -> Send:

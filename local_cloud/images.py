@@ -155,3 +155,19 @@ def _load(uri: str, file: Path) -> Image:
         paths=tuple(data["paths"]),
         digest=data["digest"],
     )
+
+
+def aws_images(body: bytes) -> dict[str, Any] | None:
+    """The answer to ECR's BatchGetImage about AWS's deep learning containers; None for a question about other registries."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return None
+    account, name = str(request.get("registryId", "")), str(request.get("repositoryName", ""))
+    if account not in DLC_ACCOUNTS:
+        return None
+    tags = [str(one.get("imageTag", "")) for one in request.get("imageIds", [])]
+    known = [tag for tag in tags if name in DLC_REPOSITORIES and tag.endswith("-sagemaker")]
+    found = [{"registryId": account, "repositoryName": name, "imageId": {"imageTag": tag}, "imageManifest": "{}"} for tag in known]
+    failures = [{"imageId": {"imageTag": tag}, "failureCode": "ImageNotFound"} for tag in tags if tag not in known]
+    return {"images": found, "failures": failures}

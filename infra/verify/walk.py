@@ -289,7 +289,7 @@ class Account:
             raise TaskError("SageMaker.SageMakerException", 'Could not find endpoint "arn:…". (Service: SageMaker)')
         return self.endpoint
 
-    on_check_endpoint = on_check_restore = on_find_endpoint
+    on_check_endpoint = on_check_restore = on_check_current = on_find_endpoint
 
     def on_create_endpoint(self, request: Json) -> Any:
         self.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": request["EndpointConfigName"]}
@@ -407,9 +407,13 @@ def _situations(config: StageConfig, account: _Make) -> Iterator[Scenario]:
     yield Scenario("the way back is slow", deploy, account("InService", SmokeTest=wrong, CheckRestore=[moving]))
     lost = {"EndpointStatus": "InService", "EndpointConfigName": f"{prefix}-newer"}
     yield Scenario("the way back fails", deploy, account("InService", SmokeTest=wrong, CheckRestore=[lost]))
-    yield Scenario(
-        "the model was taken back", deploy, account("InService", CheckEndpoint=[{**moving, "EndpointStatus": "InService"}])
-    )
+    back = {**moving, "EndpointStatus": "InService"}
+    yield Scenario("the model was taken back", deploy, account("InService", CheckEndpoint=[back], CheckCurrent=[back]))
+    taken = TaskError("SageMaker.AmazonSageMakerException", "Cannot update in-progress endpoint. (Service: SageMaker)")
+    there = TaskError("SageMaker.AmazonSageMakerException", "Cannot create already existing endpoint. (Service: SageMaker)")
+    yield Scenario("another execution updates", deploy, account("InService", UpdateEndpoint=[taken]), succeeds=True)
+    yield Scenario("another execution creates", deploy, account(CreateEndpoint=[there]), succeeds=True)
+    yield Scenario("another model serves meanwhile", deploy, account("InService", SmokeTest=wrong, CheckCurrent=[lost]))
     yield Scenario("too few pictures", {}, account(ReadPrepared=small))
 
     def built() -> Account:
@@ -444,7 +448,7 @@ def _faults(state: str, definition: Json, config: StageConfig, account: _Make) -
     elif state == "CacheFeatures":
         given = {"recipe": "head", "pretrained": "pretrained/w.pth"}
     others: Json = {}
-    if state in ("RestorePrevious", "CheckRestore", "RemoveEndpoint"):
+    if state in ("RestorePrevious", "CheckRestore", "CheckCurrent", "RemoveEndpoint"):
         given, others = deploy, {"SmokeTest": TaskError("SmokeTestError", "wrong.")}
     if state == "DeleteFailedEndpoint":
         given = deploy
@@ -477,7 +481,7 @@ def _faults(state: str, definition: Json, config: StageConfig, account: _Make) -
             account(endpoint, **others, **{state: TaskError("States.TaskFailed", json.dumps(job))}),
         )
         scarce = TaskError("States.TaskFailed", json.dumps(job | {"FailureReason": "CapacityError: Unable to provision"}))
-        waits = account(endpoint, **others, **{state: [scarce]})
+        waits = account(endpoint, **others, **{state: [scarce, scarce]})
         yield Scenario(f"{state}: no machine for a while", given, waits, succeeds=state in JOB_STATES)
         yield Scenario(f"{state}: no machine at all", given, account(endpoint, **others, **{state: [scarce] * 9}))
 

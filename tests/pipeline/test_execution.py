@@ -15,7 +15,7 @@ STATES = (
 )  # fmt: skip
 
 
-# Order matters in this file: the first two tests need a stack in which nothing has been deployed yet.
+# Order matters in this file: the first tests need a stack in which nothing has been deployed yet.
 def test_a_post_before_any_model_says_what_to_do(deployed):
     status, answer = deployed.post(b"\x89PNG\r\n\x1a\n" + b"\0" * 64, **deployed.authorized)
     if status == 422:  # the picture is checked first
@@ -29,6 +29,33 @@ def test_an_unknown_field_of_the_input_is_refused_by_name(deployed):
     _, ended = deployed.execute({"lerning_rate": 0.1})
     assert ended["status"] == "FAILED"
     assert "lerning_rate" in ended["cause"]
+
+
+def test_a_dry_run_asks_for_quotas_data_and_images_and_starts_nothing(deployed):
+    import time
+
+    refused, started_s = deployed.denied(), time.monotonic()
+    _, ended = deployed.execute({"dry_run": True, "source": "incoming/digits.zip"})
+    assert ended["status"] == "SUCCEEDED", ended.get("cause")
+    assert time.monotonic() - started_s < 60
+    checks = {one["check"]: one["found"] for one in json.loads(ended["output"])["checks"]}
+    assert "can be read" in checks["source"]
+    assert checks["ml.m5.xlarge for training job usage"].startswith("20, ")
+    assert {name for name in checks if name.startswith("image ")} == {
+        "image pytorch:2.13-cpu-amzn2023-sagemaker",
+        next(name for name in checks if name.startswith("image dogs-local-server:")),
+    }
+    sagemaker = deployed.cloud.client("sagemaker")
+    assert sagemaker.list_processing_jobs()["ProcessingJobSummaries"] == []
+    assert deployed.denied() == refused
+
+
+def test_a_dry_run_names_what_is_missing(deployed):
+    _, ended = deployed.execute({"dry_run": True, "source": "incoming/cats.zip"})
+    assert ended["status"] == "FAILED"
+    assert ended["error"] == "DryRunFailed"
+    assert "nothing lies under s3://" in ended["cause"]
+    assert "incoming/cats.zip; upload the pictures" in ended["cause"]
 
 
 def test_every_state_ran(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -32,6 +33,24 @@ def test_a_package_that_does_not_exist_fails_with_its_name_and_the_old_endpoint_
     _, ended = deployed.execute({"action": "deploy", "model_package": missing})
     assert ended["status"] == "FAILED"
     assert "ReadPackage" in ended["cause"]
+    assert serves(deployed, digits)
+
+
+def test_two_executions_in_the_same_second_end_well(finished, deployed, digits):
+    """Both deploy: one goes first, the other waits for it, and the endpoint has one complete configuration at the end."""
+    with ThreadPoolExecutor(2) as pool:
+        deploy = {"action": "deploy", "model_package": finished.output["model_package"]}
+        both = list(pool.map(lambda _: deployed.execute(deploy)[1], range(2)))
+    assert len({one["name"] for one in both}) == 2
+    outcomes = sorted(one["status"] for one in both)
+    assert "SUCCEEDED" in outcomes, [one.get("cause") for one in both]
+    for one in both:
+        # Whoever was overtaken says so.
+        assert one["status"] == "SUCCEEDED" or "expected InService with" in one["cause"], one["cause"]
+    endpoint = deployed.cloud.client("sagemaker").describe_endpoint(EndpointName="dogs-local")
+    assert endpoint["EndpointStatus"] == "InService"
+    champion = deployed.cloud.client("s3").get_object(Bucket=deployed.outputs["DataBucket"], Key="champion.json")
+    assert json.loads(champion["Body"].read())["endpoint_config"] == endpoint["EndpointConfigName"]
     assert serves(deployed, digits)
 
 

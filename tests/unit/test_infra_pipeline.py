@@ -929,6 +929,32 @@ def test_a_failed_endpoint_is_deleted_and_made_again():
     assert "CreateEndpoint" in machine.visited
 
 
+@pytest.mark.parametrize(
+    ("state", "message", "served"),
+    [
+        ("UpdateEndpoint", 'Cannot update in-progress endpoint "arn:…".', "older"),
+        ("CreateEndpoint", 'Cannot create already existing endpoint "arn:…".', None),
+    ],
+)
+def test_of_two_executions_at_once_the_second_waits_for_the_first(state: str, message: str, served: str | None):
+    account = Account(**{state: [TaskError("SageMaker.AmazonSageMakerException", message)]})
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": served} if served else None
+    machine, last, _ = walk({}, account=account)
+    assert last == "Done"
+    assert machine.visited.count("WaitForOthers") == 1
+    assert machine.visited.count(state) == 2
+
+
+def test_a_model_that_another_execution_has_deployed_is_not_taken_back():
+    """Ours was wrong, but theirs serves by now."""
+    account = Account(SmokeTest=TaskError("SmokeTestError", "wrong"))
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    account.faults["CheckCurrent"] = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-theirs"}
+    machine, last, _ = walk({}, account=account)
+    assert last == "Failed"
+    assert not {"RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
+
+
 def test_an_endpoint_that_never_settles_ends_at_the_deadline():
     moving = {"EndpointStatus": "Creating", "EndpointConfigName": "x"}
     account = Account(CheckEndpoint=[moving] * 1000)
@@ -1068,6 +1094,7 @@ def test_a_model_that_sagemaker_took_back_is_a_failure_and_the_champion_stays():
     account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
     back = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old", "FailureReason": "Alarm dogs-dev-rollback-errors"}
     account.faults["CheckEndpoint"] = [{"EndpointStatus": "Updating", "EndpointConfigName": "dogs-dev-old"}, back]
+    account.faults["CheckCurrent"] = back
     machine, last, cause = walk({}, account=account, endpoint=REALTIME)
     assert last == "Failed"
     assert "dogs-dev-rollback-errors" in str(cause)
