@@ -29,7 +29,7 @@ export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export RUN BUCKET OUT IMAGE STAGE
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: help run diff deploy predict logs report compare test test-all verify bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
+.PHONY: permissions help run diff deploy predict logs report compare test test-all verify bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 
 verify: $(VENV)/.test $(CLI) .checkov/.done  ## every stage and configuration against all verifiers (a minute and a half); NAMES=dev prod for some
 	@$(VENV)/bin/python -m infra.verify $(NAMES)
+
+permissions: $(VENV)/.test $(CLI)  ## docs/permissions.md from the calls that stages make
+	@$(VENV)/bin/python -m infra.verify.table --write
 
 bench: bench-preparation bench-training bench-observability bench-serving  ## all benchmarks, and the tables of the documents made from them
 

@@ -424,10 +424,11 @@ class OnDestroy(Construct):
             [
                 "sagemaker:ListEndpointConfigs",
                 "sagemaker:ListModels",
+                # Its resource is optional: without one in the request IAM asks for any.
+                *(["sagemaker:ListModelPackages"] if config.destroys_data else []),
             ],
             ["*"],
         )
-        function.allow(["sagemaker:ListModelPackages"], [sagemaker_arn(f"model-package-group/{prefix}")])
         if config.destroys_data:
             function.allow(["sagemaker:DeleteModelPackage"], [sagemaker_arn(f"model-package/{prefix}/*")])
         endpoint = sagemaker_arn(f"endpoint/{prefix}")

@@ -29,8 +29,8 @@ from local_cloud import emulator, validation
 from local_cloud.codebuild import CodeBuild
 from local_cloud.images import Images, aws_images
 from local_cloud.live import PREFIX, LiveReports
-from local_cloud.sagemaker import SageMaker, Settings
 from local_cloud.quotas import Quotas
+from local_cloud.sagemaker import SageMaker, Settings
 from local_cloud.scaling import Scaling
 from local_cloud.service import Caller, Permission, Service, ServiceError
 from local_cloud.stepfunctions import OPERATIONS as EXECUTION_OPERATIONS
@@ -69,6 +69,7 @@ class LocalCloud:
         self._ministack = emulator.application()
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
+        emulator.correct_bucket_tags()
         emulator.count_embedded_metrics()
         emulator.correct_alarms()
 

@@ -49,6 +49,8 @@ def configure(root: Path, port: int) -> None:
         NODE_PATH=str(Path(__file__).resolve().parent.parent / "node_modules"),
         AWS_DEFAULT_REGION=REGION,
         AWS_ENDPOINT_URL=f"http://localhost:{port}",
+        # An address instead of a name: the JavaScript SDK would put the bucket's name before a name, and look for that host.
+        AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{port}",
         AWS_ACCESS_KEY_ID=ROOT_ACCESS_KEY_ID,
         AWS_SECRET_ACCESS_KEY=ROOT_SECRET_ACCESS_KEY,
         AWS_EC2_METADATA_DISABLED="true",
@@ -195,6 +197,22 @@ def correct_secrets() -> None:
     handlers["create"] = lambda logical_id, given, stack: by_arn(create(logical_id, _generated(given), stack))
     handlers["update"] = lambda arn, *given: by_arn(update(_secret_name(arn), *given))
     handlers["delete"] = lambda arn, *given: delete(_secret_name(arn), *given)
+
+
+def correct_bucket_tags() -> None:
+    """A template's tags reach its buckets (ministack: they do not): CDK's clean-up empties only a bucket that is tagged for it."""
+    from ministack.services import s3
+    from ministack.services.cloudformation import provisioners
+
+    handlers = provisioners._RESOURCE_HANDLERS["AWS::S3::Bucket"]
+    create, update = handlers["create"], handlers["update"]
+
+    def tagged(made: tuple[str, dict[str, Any]], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        s3._bucket_tags[made[0]] = {str(tag["Key"]): str(tag["Value"]) for tag in given.get("Tags", [])}
+        return made
+
+    handlers["create"] = lambda logical_id, given, stack: tagged(create(logical_id, given, stack), given)
+    handlers["update"] = lambda physical_id, old, new, stack: tagged(update(physical_id, old, new, stack), new)
 
 
 def count_embedded_metrics() -> None:

@@ -9,7 +9,9 @@ from local_cloud.service import Caller, Permission, ServiceError
 
 Record = dict[str, Any]
 _USES = ("training job usage", "spot training job usage", "processing job usage", "endpoint usage")
-_CPU = [f"ml.{family}.{size}" for family in ("t3", "m5", "c5", "c6i") for size in ("medium", "large", "xlarge", "2xlarge", "4xlarge")]
+_CPU = [
+    f"ml.{family}.{size}" for family in ("t3", "m5", "c5", "c6i") for size in ("medium", "large", "xlarge", "2xlarge", "4xlarge")
+]
 MACHINES = 20
 
 

@@ -190,8 +190,8 @@ def _wait_until_up(child: subprocess.Popen[bytes], port: int, log: Path) -> None
     raise RunError(f"the local cloud did not start within {START_TIMEOUT_S} s:\n{tail}")
 
 
-def deploy(port: int, stage: str, override: dict[str, Any], root: Path, console: Console) -> dict[str, str]:
-    """``cdk bootstrap`` and ``cdk deploy`` with the pinned CLI; returns the stack's outputs."""
+def cdk_environment(port: int, root: Path) -> dict[str, str]:
+    """What the CDK's command line needs to take the local cloud for AWS."""
     url = f"http://localhost:{port}"
     environment = {
         **os.environ,
@@ -213,6 +213,12 @@ def deploy(port: int, stage: str, override: dict[str, Any], root: Path, console:
     }
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         environment.pop(name, None)
+    return environment
+
+
+def deploy(port: int, stage: str, override: dict[str, Any], root: Path, console: Console) -> dict[str, str]:
+    """``cdk bootstrap`` and ``cdk deploy`` with the pinned CLI; returns the stack's outputs."""
+    environment, url = cdk_environment(port, root), f"http://localhost:{port}"
     cdk = str(PROJECT / "node_modules" / ".bin" / "cdk")
     context = ["-c", f"stage={stage}", "-c", f"api_url={url}/restapis/{{api}}/{{stage}}/_user_request_"]
     if override:

@@ -40,6 +40,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Configuration -> template, all of them; cdk-nag's and CDK's own findings would be errors."""
+    from infra.verify.configurations import CONFIGURATIONS
+    from infra.verify.deployment import synthesise_all
+
+    return synthesise_all(tmp_path_factory.mktemp("assemblies"), CONFIGURATIONS)
+
+
 def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

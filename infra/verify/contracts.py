@@ -12,7 +12,7 @@ import botocore
 import botocore.session
 
 from infra import code, pipeline
-from infra.config import MachineInput, QualityGate, Tuning
+from infra.config import MachineInput, QualityGate, Range, Tuning
 
 Json = dict[str, Any]
 
@@ -87,7 +87,10 @@ def documents() -> dict[str, Any]:
         "summary": literal_keys(CLASSIFIER / "evaluation.py", "_write", "summary"),
         "request": {
             **dict.fromkeys(MachineInput.model_fields),
-            "tuning": {**dict.fromkeys(Tuning.model_fields), "ranges": dict.fromkeys(code.hyperparameters())},
+            "tuning": {
+                **dict.fromkeys(Tuning.model_fields),
+                "ranges": dict.fromkeys(code.hyperparameters(), dict.fromkeys(Range.model_fields)),
+            },
             "quality_gate": dict.fromkeys(QualityGate.model_fields),
             "hyperparameters": dict.fromkeys(code.hyperparameters()),
         },

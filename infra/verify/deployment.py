@@ -130,7 +130,7 @@ class Deployment:
     def role_named(self, arn: str) -> str:
         """Logical id of the role with this ARN; the ARN itself when it is none of this stack's."""
         known = {self.arn(name): name for name, kind in self.types.items() if kind == "AWS::IAM::Role"}
-        return known[arn] if arn in known else arn
+        return str(known.get(arn, arn))
 
     @cached_property
     def policies(self) -> dict[str, list[Statement]]:

@@ -298,6 +298,12 @@ class Checker:
                 return merged(self.form(node.then, local, depth - 1), self.form(node._else, local, depth - 1))
             case "function" if node.procedure is not None and str(node.procedure.value) == "parse":
                 return self.documents
+            case "function" if node.procedure is not None and str(node.procedure.value) == "lookup":
+                # Any of the fields: the name is known only when it runs.
+                found = self.form(node.arguments[0], local, depth - 1)
+                return functools.reduce(merged, found.values(), None) if isinstance(found, dict) else None
+            case "unary" if str(node.value) == "{" and all(key.type == "string" for key, _ in node.lhs_object):
+                return {str(key.value): self.form(value, local, depth - 1) for key, value in node.lhs_object}
         return None
 
     def _say(self, value: str, remedy: str) -> None:

@@ -240,7 +240,6 @@ _KINDS = {
     "CreateModelPackage": ("model-package", "model-package-group"),
     "DescribeModelPackage": ("model-package",),
     "DeleteModelPackage": ("model-package",),
-    "ListModelPackages": ("model-package-group",),
 }
 _PREFIX = {"sagemaker-runtime": "sagemaker", "stepfunctions": "states", "service-quotas": "servicequotas"}
 _SCALING = (("application-autoscaling:service-namespace", "sagemaker"),)
@@ -568,7 +567,7 @@ class _Needs:
                 if handler == "idle.handle" and module == "clean_up":
                     continue  # it takes one small function from there
                 if handler == "on_destroy.handle" and (
-                    module == "clean_up" or (operation == "DeleteModelPackage" and not self.config.destroys_data)
+                    module == "clean_up" or (operation in _PACKAGES and not self.config.destroys_data)
                 ):
                     continue
                 self._call(role, handler, service, operation, variables)
@@ -694,6 +693,7 @@ _LAMBDA_KEYS = {
     "handler.handle": ("champion.json", "models/*/labels.json"),
     "smoke_test.handle": ("models/*/smoke/*",),
 }
+_PACKAGES = ("ListModelPackages", "DeleteModelPackage")
 # (module, operation) -> (environment variable, the values with which the call is made).
 _ONLY_IF: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("waking", ""): ("WAKES", ("true",)),

@@ -1,7 +1,7 @@
 """Other people's verifiers over a stage: cfn-lint, asl-validator, moto's parser, parliament, and checkov's secret scan.
 
-CDK's own validation and cdk-nag run when the stage is synthesised. What a tool says wrongly is listed here with the reason; all else it
-says is a fault.
+CDK's own validation and cdk-nag run when the stage is synthesised. What a tool says wrongly is listed here with the reason; all
+else it says is a fault.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an hour of a SageMaker instance costs, for estimates.
 
 List prices on demand, training and processing (hosting for c6i), us-east-1, US dollars an hour, without discounts, spot, storage
-and traffic, as known on PRICED_ON from https://aws.amazon.com/sagemaker/ai/pricing/; checked against no bill (docs/costs.md). A type that is not
-here has no estimate rather than a wrong one.
+and traffic, as known on PRICED_ON from https://aws.amazon.com/sagemaker/ai/pricing/; checked against no bill (docs/costs.md). A
+type that is not here has no estimate rather than a wrong one.
 """
 
 from __future__ import annotations

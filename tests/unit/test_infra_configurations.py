@@ -317,7 +317,15 @@ def test_two_stacks_side_by_side_share_no_name(templates: dict[str, Json]):
     """Whatever has a name of its own has another in the other stack, and no role reaches over."""
     here, there = Deployment(templates["dev"]), Deployment(templates["beside"])
     fields = (
-        *("StateMachineName", "RepositoryName", "ModelPackageGroupName", "AlarmName", "DashboardName", "LogGroupName", "BucketName"),
+        *(
+            "StateMachineName",
+            "RepositoryName",
+            "ModelPackageGroupName",
+            "AlarmName",
+            "DashboardName",
+            "LogGroupName",
+            "BucketName",
+        ),
     )
 
     def names(deployment: Deployment) -> set[str]:

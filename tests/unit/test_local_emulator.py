@@ -16,7 +16,7 @@ from local_cloud.service import ServiceError
 def test_the_names_of_ministack_are_where_we_use_them():
     from ministack.app import _request_account_scope
     from ministack.core import iam_evaluator, responses, router
-    from ministack.services import sts
+    from ministack.services import s3, sts
     from ministack.services.cloudformation import provisioners
 
     assert callable(_request_account_scope)
@@ -28,6 +28,8 @@ def test_the_names_of_ministack_are_where_we_use_them():
     assert callable(responses.set_request_region)
     assert callable(sts.register_session)
     assert {"create", "delete"} <= set(provisioners._RESOURCE_HANDLERS["AWS::ECR::Repository"])
+    assert {"create", "update"} <= set(provisioners._RESOURCE_HANDLERS["AWS::S3::Bucket"])
+    assert hasattr(s3, "_bucket_tags")
     assert "AWS::SageMaker::ModelPackageGroup" not in provisioners._RESOURCE_HANDLERS
 
 

@@ -96,7 +96,11 @@ FAULTS: dict[str, tuple[Callable[[Json], None], str, str]] = {
     "no time limit": (remove("Train", "TimeoutSeconds"), "Train", "TimeoutSeconds is missing"),
     "too short a limit": (put("Train", "TimeoutSeconds", value=60), "Train", "expected more than the job's own"),
     "no way out": (put("Train", "Catch", value=[]), "Train", "catch States.ALL"),
-    "foreign error": (put("Train", "Retry", 0, "ErrorEquals", value=["S3.S3Exception"]), "Train.Retry[0]", "this task cannot see it"),
+    "foreign error": (
+        put("Train", "Retry", 0, "ErrorEquals", value=["S3.S3Exception"]),
+        "Train.Retry[0]",
+        "this task cannot see it",
+    ),
     "unknown service": (put("Publish", "Resource", value="arn:aws:states:::mail:send"), "Publish", "expected aws-sdk or one of"),
     "unknown call": (
         put("FindEndpoint", "Resource", value="arn:aws:states:::aws-sdk:sagemaker:describeEndpoints"),
@@ -104,13 +108,21 @@ FAULTS: dict[str, tuple[Callable[[Json], None], str, str]] = {
         "expected an operation of sagemaker",
     ),
     "unknown field": (put("CreateModel", "Arguments", "Colour", value="red"), "CreateModel", "see sagemaker's CreateModel"),
-    "name not unique": (put("Train", "Arguments", "TrainingJobName", value="dogs-dev-train"), "Train.TrainingJobName", "another name"),
+    "name not unique": (
+        put("Train", "Arguments", "TrainingJobName", value="dogs-dev-train"),
+        "Train.TrainingJobName",
+        "another name",
+    ),
     "too long a name": (
         put("PrepareData", "Arguments", "ProcessingJobName", value="{% 'dogs-dev-' & $run %}"),
         "PrepareData",
         "characters is outside",
     ),
-    "no result yet": (put("Train", "Arguments", "RoleArn", value="{% $states.result.RoleArn %}"), "Train.Arguments", "no such field"),
+    "no result yet": (
+        put("Train", "Arguments", "RoleArn", value="{% $states.result.RoleArn %}"),
+        "Train.Arguments",
+        "no such field",
+    ),
     "broken condition": (
         put("QualityGate", "Choices", 0, "Condition", value="{% $summary.top2 > 0.5 %}"),
         "QualityGate.Choices[0]",
@@ -169,7 +181,7 @@ UNSEEN: dict[str, str] = {
     "Assign.endpoint.instances": "a number stands for a number; what it decides is the load's, not the definition's",
     "Assign.champion_top1": "a number stands for a number: it is what the execution tells, and nothing decides by it",
     "Assign.epochs": "a number of epochs stands for a number of epochs",
-    "Assign.dataset.dataset_hash": "the place is only there so that a run that fails early has one; nothing reads it before it is filled",
+    "Assign.dataset.dataset_hash": "a place for runs that fail early; nothing reads it before it is filled",
 }
 """End of a mutant's place -> why nobody can see the difference. These are the misses that docs/verification.md explains."""
 

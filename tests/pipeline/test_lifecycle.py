@@ -1,0 +1,123 @@
+"""A stack's life on the local cloud: deployed, changed, deployed, destroyed, deployed again, with another one beside it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from local_cloud import run
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
+
+HEX = "0123456789abcdef"
+
+
+class Account:
+    """What an account holds, by the name of a stage."""
+
+    def __init__(self, cloud: Any) -> None:
+        self.cloud = cloud
+
+    def stacks(self) -> set[str]:
+        found = self.cloud.client("cloudformation").describe_stacks()["Stacks"]
+        return {one["StackName"] for one in found if not one["StackStatus"].startswith("DELETE_COMPLETE")}
+
+    def holds(self, prefix: str) -> dict[str, list[str]]:
+        """Kind -> names of everything that belongs to a stage and costs money or holds data."""
+        client = self.cloud.client
+        sagemaker, logs, iam = client("sagemaker"), client("logs"), client("iam")
+        found = {
+            "endpoint": [one["EndpointName"] for one in sagemaker.list_endpoints()["Endpoints"]],
+            "endpoint config": [one["EndpointConfigName"] for one in sagemaker.list_endpoint_configs()["EndpointConfigs"]],
+            "model": [one["ModelName"] for one in sagemaker.list_models()["Models"]],
+            "bucket": [one["Name"] for one in client("s3").list_buckets()["Buckets"]],
+            "function": [one["FunctionName"] for one in client("lambda").list_functions()["Functions"]],
+            "state machine": [one["name"] for one in client("stepfunctions").list_state_machines()["stateMachines"]],
+            "repository": [one["repositoryName"] for one in client("ecr").describe_repositories()["repositories"]],
+            "log group": [one["logGroupName"] for one in logs.describe_log_groups()["logGroups"]],
+            "secret": [one["Name"] for one in client("secretsmanager").list_secrets()["SecretList"]],
+            "topic": [one["TopicArn"] for one in client("sns").list_topics()["Topics"]],
+            "alarm": [one["AlarmName"] for one in client("cloudwatch").describe_alarms()["MetricAlarms"]],
+            "API": [one["name"] for one in client("apigateway").get_rest_apis()["items"]],
+            "role": [one["RoleName"] for one in iam.list_roles()["Roles"]],
+        }
+        marks = (prefix, f"ImageClassifier-{prefix}", f"imageclassifier-{prefix}")
+        return {kind: mine for kind, names in found.items() if (mine := sorted(n for n in names if any(m in n for m in marks)))}
+
+
+def execution_leftovers(cloud: Any, prefix: str, bucket: str) -> None:
+    """What an execution makes and CloudFormation does not know."""
+    sagemaker, s3 = cloud.client("sagemaker"), cloud.client("s3")
+    for key in ("champion.json", "datasets/x/shards/train-0.tar", "runs/one/report/report.html"):
+        s3.put_object(Bucket=bucket, Key=key, Body=b"{}")
+        s3.put_object(Bucket=bucket, Key=key, Body=b"{ }")  # an older version too
+    role = next(
+        one["Arn"]
+        for one in cloud.client("iam").list_roles()["Roles"]
+        if "EndpointRole" in one["RoleName"] and prefix in one["RoleName"]
+    )
+    container = {
+        "Image": f"000000000000.dkr.ecr.us-east-1.amazonaws.com/{prefix}-server:x",
+        "ModelDataUrl": f"s3://{bucket}/models/x/model.tar.gz",
+    }
+    sagemaker.create_model(ModelName=f"{prefix}-{HEX}", PrimaryContainer=container, ExecutionRoleArn=role)
+    variant = {
+        "VariantName": "main",
+        "ModelName": f"{prefix}-{HEX}",
+        "ServerlessConfig": {"MemorySizeInMB": 2048, "MaxConcurrency": 5},
+    }
+    sagemaker.create_endpoint_config(EndpointConfigName=f"{prefix}-{HEX}", ProductionVariants=[variant])
+
+
+def cdk(cloud: Any, *arguments: str, context: dict[str, str]) -> None:
+    port = int(cloud.url.rsplit(":", 1)[1])
+    words = [word for name, value in context.items() for word in ("-c", f"{name}={value}")]
+    command = [str(run.PROJECT / "node_modules" / ".bin" / "cdk"), *arguments, *words]
+    environment = run.cdk_environment(port, cloud.root)
+    done = subprocess.run(command, cwd=run.PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another(
+    cloud: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
+    port, quiet, account = int(cloud.url.rsplit(":", 1)[1]), Console(quiet=True), Account(cloud)
+    before = account.stacks()
+    for name in ("birds", "cats"):
+        outputs = run.deploy(port, "local", {"name": name}, cloud.root, quiet)
+        execution_leftovers(cloud, f"{name}-local", outputs["DataBucket"])
+    assert {"ImageClassifier-birds-local", "ImageClassifier-cats-local"} <= account.stacks()
+    kept = account.holds("cats-local")
+    assert {"model", "endpoint config", "bucket", "function", "state machine", "log group"} <= set(kept)
+
+    # A change, deployed over it: nothing of the executions is lost.
+    changed = run.deploy(port, "local", {"name": "birds", "retention_days": 30}, cloud.root, quiet)
+    assert f"birds-local-{HEX}" in account.holds("birds-local")["model"]
+    champion = cloud.client("s3").get_object(Bucket=changed["DataBucket"], Key="champion.json")
+    assert champion["Body"].read() == b"{ }"
+
+    context = {
+        "stage": "local",
+        "override": json.dumps({"name": "birds"}),
+        "api_url": f"{cloud.url}/restapis/{{api}}/{{stage}}/_user_request_",
+    }
+    cdk(cloud, "destroy", "--all", "--force", context=context)
+    assert "ImageClassifier-birds-local" not in account.stacks()
+    left = account.holds("birds-local")
+    # API Gateway's log role belongs to the account: CDK keeps it, and it costs nothing.
+    assert {kind: names for kind, names in left.items() if kind != "role"} == {}
+    assert all("CloudWatchRole" in name for name in left.get("role", []))
+    assert account.holds("cats-local") == kept, "the other stack was touched"
+
+    again = run.deploy(port, "local", {"name": "birds"}, cloud.root, quiet)
+    assert again["DataBucket"]
+    assert cloud.client("s3").list_objects_v2(Bucket=again["DataBucket"])["KeyCount"] == 0
+    for name in ("birds", "cats"):
+        cdk(cloud, "destroy", "--all", "--force", context={**context, "override": json.dumps({"name": name})})
+    assert account.stacks() <= before | {"CDKToolkit"}
