@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aws_cdk import Aws, Duration, RemovalPolicy
+from aws_cdk import Aws, CfnResource, Duration, RemovalPolicy, Stack
 from aws_cdk import aws_ecr as ecr
 from aws_cdk import aws_iam as iam
 from aws_cdk import aws_kms as kms
@@ -14,6 +14,7 @@ from aws_cdk import aws_stepfunctions as sfn
 from constructs import Construct
 
 from infra.config import StageConfig
+from infra.functions import log_group
 
 
 class Storage(Construct):
@@ -32,6 +33,8 @@ class Storage(Construct):
         if config.triggers.incoming:
             announce(data)
         self.data = data
+        if config.destroys_data:
+            self._keep_the_emptiers_log(config, [logs, data])
 
     def _key(self, config: StageConfig) -> kms.IKey | None:
         """The stage's own key, an existing one, or none: AWS's keys then."""
@@ -92,6 +95,18 @@ class Storage(Construct):
             removal_policy=RemovalPolicy.DESTROY if config.destroys_data else RemovalPolicy.RETAIN,
             auto_delete_objects=config.destroys_data,
         )
+
+    def _keep_the_emptiers_log(self, config: StageConfig, buckets: list[s3.Bucket]) -> None:
+        """The log of CDK's function that empties buckets: made by the stack, so that it expires, and goes with the stack.
+
+        Lambda would make it otherwise, for ever. It is there before a bucket's emptying and goes after it.
+        """
+        provider = Stack.of(self).node.find_child("Custom::S3AutoDeleteObjectsCustomResourceProvider")
+        handler = provider.node.find_child("Handler")
+        if isinstance(handler, CfnResource):
+            group = log_group(self, "EmptierLog", config=config, name=f"/aws/lambda/{handler.ref}")
+            for bucket in buckets:
+                bucket.node.find_child("AutoDeleteObjectsCustomResource").node.add_dependency(group)
 
     def _data_rules(self, config: StageConfig) -> list[s3.LifecycleRule]:
         """Bulky intermediate results, marked by the jobs' tag-free key layout, move to cheaper storage or go.
