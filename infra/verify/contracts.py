@@ -25,7 +25,7 @@ READ_BY_OTHERS = frozenset(
         *("PIP_NO_DEPS", "PIP_ROOT_USER_ACTION", "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_NO_INDEX", "PIP_FIND_LINKS"),
         # protobuf, https://protobuf.dev/reference/python/python-generated/
         "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
-        # smdebug, smdebug/core/config_constants.py; the training toolkit's own level is LOG_LEVEL's neighbour
+        # smdebug, smdebug/core/config_constants.py
         *("SMDEBUG_CONFIG_FILE_PATH", "SMPROFILER_CONFIG_PATH", "LOG_LEVEL"),
     }
 )
@@ -53,7 +53,7 @@ OUTPUT_FACTS: dict[str, tuple[type, ...]] = {
     "checks": (list,),
     "best_hyperparameters": (dict, *_NOTHING),
 }
-"""Names in an execution's output and their types, as docs/api.md and the client tell them."""
+"""Names in an execution's output and their types, as docs/operations.md tells them."""
 
 
 @functools.cache

@@ -564,12 +564,10 @@ class _Needs:
                 condition = _ONLY_IF.get((module, operation)) or _ONLY_IF.get((module, ""))
                 if condition and str(variables.get(condition[0], "")) not in condition[1]:
                     continue
-                if handler == "idle.handle" and module == "clean_up":
-                    continue  # it takes one small function from there
-                if handler == "on_destroy.handle" and (
-                    module == "clean_up" or (operation in _PACKAGES and not self.config.destroys_data)
-                ):
-                    continue
+                if module == "clean_up" and handler != "clean_up.handle":
+                    continue  # the others take one small function from there, which calls nothing
+                if operation in _PACKAGES and not self.config.destroys_data:
+                    continue  # a stage that keeps its data keeps its packages
                 self._call(role, handler, service, operation, variables)
         if handler == "smoke_test.handle" and variables.get("AUTH") == "iam":
             (api,) = self.deployment.of_type("AWS::ApiGateway::RestApi")
@@ -578,9 +576,7 @@ class _Needs:
         if "TOKEN_SECRET_ARN" in variables:
             # CDK's grant brings the description too; boto3's own caching clients ask for it.
             self.add(role, ["secretsmanager:DescribeSecret"], [str(variables["TOKEN_SECRET_ARN"])], handler)
-        if handler in ("idle.handle", "on_destroy.handle") and "DeregisterScalableTarget" in json.dumps(
-            self.deployment.policies.get(role, [])
-        ):
+        if handler in ("idle.handle", "on_destroy.handle") and self.config.endpoint.mode == "realtime":
             self._ends_scaling(role, handler)
 
     def _ends_scaling(self, role: str, handler: str) -> None:

@@ -97,10 +97,10 @@ class Walk:
         assigned = self._value(holder.get("Assign", {}))
         self.variables |= assigned
         for name, value in assigned.items():
-            self.kinds.setdefault(name, set()).update(_kinds(name, value))
+            self.kinds.setdefault(name, set()).update(_kinds(value))
             if isinstance(value, dict) and name not in _FREE:
                 for field, item in value.items():
-                    self.kinds.setdefault(f"{name}.{field}", set()).update(_kinds(field, item))
+                    self.kinds.setdefault(f"{name}.{field}", set()).update(_kinds(item))
 
     def _go(self, name: str, where: str, target: Any) -> str:
         self.taken.add((where, str(target)))
@@ -141,10 +141,8 @@ class Walk:
         return self._go(name, f"{name}.Next", state["Next"])
 
 
-def _kinds(name: str, value: Any) -> set[str]:
-    """What a variable holds, so that one that changes its type is seen. Null stands for nothing yet; objects may grow."""
-    if isinstance(value, dict) and name not in _FREE:
-        return {"object"}
+def _kinds(value: Any) -> set[str]:
+    """What a variable holds, so that one that changes its type is seen. Null stands for nothing yet; a number is a number."""
     return set() if value is None else {type(value).__name__.replace("float", "int")}
 
 
@@ -492,8 +490,6 @@ class Walked(NamedTuple):
     findings: list[Finding]
     asked: list[tuple[str, Any]]
     """``(state, request)``, each different one once."""
-    names: dict[str, list[str]]
-    """Run -> the requests of an execution with that name, as JSON: two executions must differ where AWS wants it."""
 
 
 def walks(config: StageConfig, machine: Json, bucket: str) -> Walked:
@@ -502,7 +498,6 @@ def walks(config: StageConfig, machine: Json, bucket: str) -> Walked:
     asked: dict[str, tuple[str, Any]] = {}
     taken: set[tuple[str, str]] = set()
     kinds: dict[str, set[str]] = {}
-    names: dict[str, list[str]] = {}
 
     def found(where: str, value: str, remedy: str) -> None:
         finding = Finding("walk", where, shown(value), remedy)
@@ -550,7 +545,7 @@ def walks(config: StageConfig, machine: Json, bucket: str) -> Walked:
         for where, target in transitions(state, definition):
             if (where, str(target)) not in taken and where not in UNREACHED:
                 found(where, f"no scenario leads from here to {target}", "add one in infra/verify/walk.py, or remove the branch")
-    return Walked(list(findings.values()), list(asked.values()), names)
+    return Walked(list(findings.values()), list(asked.values()))
 
 
 UNREACHED: dict[str, str] = {
@@ -560,7 +555,7 @@ UNREACHED: dict[str, str] = {
 
 
 def _odd_outputs(output: Json, run: str) -> Iterator[tuple[str, Any, str]]:
-    """What of an execution's output is not as docs/api.md tells."""
+    """What of an execution's output is not as docs/operations.md tells."""
     for name, value in output.items():
         kinds = contracts.OUTPUT_FACTS.get(name)
         if kinds is None:

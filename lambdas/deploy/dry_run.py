@@ -114,10 +114,11 @@ def _on_the_web(address: str) -> tuple[str, str]:
 def available(image: str) -> tuple[str, str]:
     """``(what was found, what to do)`` for a container image. One of our own that is missing is built by the execution."""
     registry, _, name = image.partition("/")
-    repository, _, tag = name.partition(":")
+    repository, digest = name.split("@") if "@" in name else (name.partition(":")[0], "")
+    wanted = {"imageDigest": digest} if digest else {"imageTag": name.partition(":")[2]}
     try:
         found = boto3.client("ecr").batch_get_image(
-            registryId=registry.split(".")[0], repositoryName=repository, imageIds=[{"imageTag": tag}]
+            registryId=registry.split(".")[0], repositoryName=repository, imageIds=[wanted]
         )["images"]
     except ClientError as error:
         return f"{image}: {error.response['Error']['Code']}", "check the image's address and this region's registry"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from infra.pipeline import ADVICE
-from infra.verify import table
+from infra.verify import contracts, table
 from infra.verify.deployment import Deployment
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -42,6 +42,12 @@ def test_every_state_that_can_fail_is_in_the_run_book(deployments: dict[str, Dep
     assert states - told_otherwise <= set(re.findall(r"`([A-Z]\w+)`", RUN_BOOK))
     assert set(ADVICE) <= set(re.findall(r"`([A-Z]\w+)`", RUN_BOOK))
     assert told_otherwise <= states
+
+
+def test_the_output_of_an_execution_is_told():
+    section = RUN_BOOK.partition("## What an execution tells")[2].partition("\n## ")[0]
+    told = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))))
+    assert told == set(contracts.OUTPUT_FACTS)
 
 
 def test_the_table_of_permissions_is_the_one_that_the_calls_make(deployments: dict[str, Deployment]):

@@ -59,7 +59,7 @@ class Aws:
         known = self.images.get((given["registryId"], given["repositoryName"]))
         if known is None:
             raise refusal("RepositoryNotFoundException")
-        return {"images": [one for one in given["imageIds"] if one["imageTag"] in known]}
+        return {"images": [one for one in given["imageIds"] if set(one.values()) & set(known)]}
 
 
 @pytest.fixture
@@ -134,6 +134,14 @@ def test_an_image_of_somebody_elses_that_is_missing(aws: Aws, monkeypatch: pytes
     monkeypatch.setenv("BUILT_IMAGE", "another")
     with pytest.raises(dry_run.DryRunError, match="dogs-dev-server:tag does not exist; correct serving_image_uri"):
         ask()
+
+
+def test_an_image_may_be_named_by_its_digest(aws: Aws):
+    digest = "sha256:" + 64 * "a"
+    aws.images["111122223333", "team/own"] = [digest]
+    registry = "111122223333.dkr.ecr.us-east-1.amazonaws.com"
+    assert dry_run.available(f"{registry}/team/own@{digest}") == ("is there", "")
+    assert "does not exist" in dry_run.available(f"{registry}/team/own@sha256:{64 * 'b'}")[0]
 
 
 class Web(BaseHTTPRequestHandler):
