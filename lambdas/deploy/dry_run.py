@@ -115,7 +115,7 @@ def available(image: str) -> tuple[str, str]:
     """``(what was found, what to do)`` for a container image. One of our own that is missing is built by the execution."""
     registry, _, name = image.partition("/")
     repository, digest = name.split("@") if "@" in name else (name.partition(":")[0], "")
-    wanted = {"imageDigest": digest} if digest else {"imageTag": name.partition(":")[2]}
+    wanted: Any = {"imageDigest": digest} if digest else {"imageTag": name.partition(":")[2]}
     try:
         found = boto3.client("ecr").batch_get_image(
             registryId=registry.split(".")[0], repositoryName=repository, imageIds=[wanted]
