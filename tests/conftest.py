@@ -13,6 +13,8 @@ from typing import Any
 import boto3
 import pytest
 
+pytest_plugins = ["fault_table"]
+
 PROJECT = Path(__file__).resolve().parent.parent
 # smdebug's generated code needs protobuf's pure-Python mode, chosen before the first import.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from classifier import layout
+from classifier.errors import DataError
 from classifier.pictures import Found, Member, Task, shard_bytes
 from classifier.sources import Entry
 
@@ -85,6 +86,7 @@ class Catalogue:
         self._db.execute("BEGIN")
         self._db.executemany("INSERT INTO files (ident, name, bytes, locator) VALUES (?, ?, ?, ?)", self._seen(entries, survey))
         self._db.execute("COMMIT")
+        self._refuse_doubles()
         scheme = survey.scheme()
 
         def part(name: str, index: int) -> str | None:
@@ -98,6 +100,12 @@ class Catalogue:
         splits = {row[0] for row in self._rows("SELECT DISTINCT split FROM files WHERE split IS NOT NULL")}
         layout.check_classes(self.folders(), splits)
         return self._draw(layout.missing_splits(splits), seed)
+
+    def _refuse_doubles(self) -> None:
+        """Raises DataError for a name that comes twice: tools do not agree on which of the two is meant."""
+        double = self._db.execute("SELECT name FROM files GROUP BY name HAVING COUNT(*) > 1 LIMIT 1").fetchone()
+        if double:
+            raise DataError(f"the archive holds {double[0]!r} twice: make it again from inside the folder of pictures")
 
     def _seen(self, entries: Iterable[Entry], survey: layout.Survey) -> Iterator[tuple[int, str, int, str]]:
         for ident, entry in enumerate(entries):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,6 +115,11 @@ def check_classes(classes: Sequence[str], splits: set[str]) -> None:
         raise DataError("no class folders with files were found: expected <class>/<picture>.jpg or train/<class>/<picture>.jpg")
     if "train" not in splits:
         raise DataError("there are split folders but none called train: add train/<class>/<picture>")
+    spelled: dict[str, str] = {}
+    for name in classes:
+        other = spelled.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise DataError(f"the classes {other!r} and {name!r} differ in spelling only: make them one folder")
     if len(classes) == 1:
         raise DataError(f"only one class, {classes[0]!r}, was found: a classifier needs at least two class folders")
 

@@ -6,33 +6,29 @@ A source is listed first, in a fixed order, and read afterwards; of neither anyt
 from __future__ import annotations
 
 import hashlib
-import http.client
-import ipaddress
 import os
 import shutil
-import socket
 import stat
 import struct
 import tarfile
 import tempfile
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from classifier import storage
+from classifier import downloads, storage
 from classifier.errors import DataError
 from classifier.pictures import MAX_FILE_BYTES, Reader
 
 MAX_MEMBERS = 3_000_000
 MAX_TOTAL_BYTES = 200 * 2**30
-MAX_DOWNLOAD_BYTES = 100 * 2**30
+MAX_HEADER_BYTES = 2**20
+"""Of a long name or of pax records in a tar."""
 MAX_RATIO = 200
 """Uncompressed over compressed bytes of a whole archive; pictures hardly compress, bombs do."""
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -217,6 +213,34 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """A member's header in a zip: its last two numbers are the lengths of the name and of the extra field, which follow."""
 
 
+_ENTRY_BYTES = 46
+"""Of an entry in a zip's directory, without its name and comment; three of its fields are their lengths."""
+_ZIP64_BYTES = 56 + 20
+"""What zip64 puts between the directory and the end of the archive."""
+
+
+def _check_directory(path: Path) -> None:
+    """Raises DataError for more than MAX_MEMBERS entries: ``zipfile`` would read them all into memory before it says how many.
+
+    The directory's size is what counts, since that is what ``zipfile`` goes by; the number that the archive states may lie.
+    """
+    with path.open("rb") as archive:
+        end: Any = zipfile._EndRecData(archive)  # type: ignore[attr-defined]  # zip64's too, where zipfile itself finds them
+        signature, size, ends = (end[0], end[5], end[9]) if end else (b"", 0, 0)
+        start = ends - size - (_ZIP64_BYTES if signature == b"PK\6\6" else 0)
+        if size // _ENTRY_BYTES <= MAX_MEMBERS or start < 0:
+            return
+        archive.seek(start)
+        members = 0
+        while size > 0 and members <= MAX_MEMBERS:
+            lengths = struct.unpack_from("<3H", archive.read(_ENTRY_BYTES), 28)
+            archive.seek(sum(lengths), os.SEEK_CUR)
+            size -= _ENTRY_BYTES + sum(lengths)
+            members += 1
+    if members > MAX_MEMBERS:
+        raise DataError(f"{path.name} holds more than {MAX_MEMBERS:,} files: split it")
+
+
 class ZipSource:
     """A zip file on disk. While it is listed, its whole directory is in memory (some 700 bytes for a member)."""
 
@@ -226,8 +250,9 @@ class ZipSource:
     def entries(self) -> Iterator[Entry]:
         limits = _Limits(self._path)
         try:
+            _check_directory(self._path)
             archive = zipfile.ZipFile(self._path)
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as problem:
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error) as problem:
             raise DataError(f"{self._path.name} is not a readable zip archive ({problem}): make or download it again") from None
         with archive:
             for info in archive.infolist():
@@ -252,16 +277,31 @@ class ZipSource:
         return self._tag
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose own headers are bounded: ``tarfile`` reads long names and pax records into memory, however long."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        kinds = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if self.type in kinds and self.size > MAX_HEADER_BYTES:
+            raise DataError(f"the archive holds a header of {self.size:,} bytes at {self.name[:100]!r}: make it again")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
 class TarSource:
     """A tar file on disk, plain or gzip; it is read from its start to its end, once for the names and once for the bytes."""
 
     def __init__(self, path: Path, tag: str | None) -> None:
         self._path, self._tag = path, tag
 
+    def _mode(self) -> Literal["r|gz", "r|"]:
+        """Plain or gzip, by the first bytes. A block of bzip2 or xz, which tarfile would read too, may unpack to gigabytes."""
+        with self._path.open("rb") as file:
+            return "r|gz" if file.read(2) == b"\x1f\x8b" else "r|"
+
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
         limits = _Limits(self._path)
         try:
-            with tarfile.open(self._path, mode="r|*") as archive:
+            with tarfile.open(self._path, mode=self._mode(), tarinfo=_Member) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined] # tarfile keeps all that it has seen
                     name = safe_name(member.name)
@@ -288,82 +328,6 @@ class TarSource:
         return self._tag
 
 
-def _public_host(host: str, allowed: Sequence[str]) -> None:
-    if host.lower() not in allowed:
-        raise DataError(f"host {host!r} is not on the allow-list ({', '.join(allowed) or 'empty'}): add it to allowed_hosts")
-    try:
-        addresses = socket.getaddrinfo(host, 443, proto=socket.IPPROTO_TCP)
-    except OSError as problem:
-        remedy = "check the address and the network, or upload the archive to S3 and give that"
-        raise DataError(f"host {host!r} was not found ({problem}): {remedy}") from None
-    for found in addresses:
-        address = ipaddress.ip_address(found[4][0])
-        if not address.is_global:
-            raise DataError(f"host {host!r} resolves to the private address {address}: only public hosts are fetched")
-
-
-class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """Every hop must pass the same checks as the first address."""
-
-    max_redirections = 5
-
-    def __init__(self, allowed: Sequence[str]) -> None:
-        self._allowed = allowed
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        check_url(newurl, self._allowed)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def check_url(url: str, allowed: Sequence[str]) -> None:
-    """Raises DataError unless ``url`` is https on the default port of an allowed, public host."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "https" or not parts.hostname:
-        raise DataError(f"{url!r} is not an https address: use https://, s3://bucket/prefix/ or an archive in S3")
-    if parts.port not in (None, 443) or parts.username:
-        raise DataError(f"{url!r} names a port or a user: use a plain https address")
-    _public_host(parts.hostname, allowed)
-
-
-def _request(url: str, method: str = "GET") -> urllib.request.Request:
-    """A request for an address that ``check_url`` has accepted."""
-    return urllib.request.Request(url, method=method, headers={"User-Agent": "image-classifier"})  # noqa: S310 - https only
-
-
-def _fetch(url: str, target: Path, allowed: Sequence[str]) -> str | None:
-    """Download ``url``; returns its ETag or Last-Modified."""
-    check_url(url, allowed)
-    opener = urllib.request.build_opener(_CheckedRedirects(allowed))
-    try:
-        with opener.open(_request(url), timeout=60) as answer:
-            copied = 0
-            with target.open("wb") as out:
-                while block := answer.read(1 << 20):
-                    copied += len(block)
-                    if copied > MAX_DOWNLOAD_BYTES:
-                        raise DataError(f"{url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes: put it into S3 instead")
-                    out.write(block)
-            tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            return f"{tag}\0{copied}" if tag else None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as problem:
-        raise DataError(f"{url} could not be fetched ({problem}): check the address, or upload the archive to S3") from None
-
-
-def remote_tag(url: str, allowed: Sequence[str]) -> str | None:
-    """A tag of an https archive from its headers alone, or None. Raises DataError for an address that is refused."""
-    check_url(url, allowed)
-    opener = urllib.request.build_opener(_CheckedRedirects(allowed))
-    try:
-        request = _request(url, "HEAD")
-        with opener.open(request, timeout=30) as answer:
-            tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            return f"{tag}\0{answer.headers.get('Content-Length')}" if tag else None
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return None  # the download will say what is wrong
-
-
 def is_archive(uri: str) -> bool:
     """Whether the name ends like an archive."""
     return urllib.parse.urlsplit(uri).path.lower().endswith(ARCHIVES)
@@ -387,7 +351,7 @@ def archive_tag(uri: str, allowed: Sequence[str]) -> str | None:
     if not is_archive(uri):
         return None
     if uri.startswith(("http://", "https://")):
-        return remote_tag(uri, allowed)
+        return downloads.remote_tag(uri, allowed)
     entry = storage.head(uri)
     return f"{entry.size}\0{entry.tag}"
 
@@ -399,7 +363,7 @@ def open_source(uri: str, allowed: Sequence[str], work: Path) -> Source:
         return PrefixSource(uri)
     target = Path(tempfile.mkdtemp(dir=work)) / PurePosixPath(urllib.parse.urlsplit(uri).path).name
     if uri.startswith(("http://", "https://")):
-        tag = _fetch(uri, target, allowed)
+        tag = downloads.fetch(uri, target, allowed)
     else:
         entry = storage.head(uri)
         _check_disk(entry.size, work)

@@ -1,0 +1,125 @@
+"""docs/faults.md: what was injected, how often, and what came of it, written from a run of the tests marked ``fault(row)``.
+
+A test takes the fixture ``landed`` and calls it once for each injection, after it has seen that the fault was really there. A test
+of a fault that counts none has proven nothing and fails.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
+
+ROWS = {
+    1: ("`kill -9` of a training process, anywhere", "the resumed run ends with the same weights, bit for bit"),
+    2: (
+        "kill while a checkpoint, shard, manifest, model artifact or `champion.json` is written",
+        "the last complete one is used; no partial file is read",
+    ),
+    3: ("kill of the local cloud at a state boundary, then another run", "same end state; no orphan process, port or folder"),
+    4: (
+        "an API call of the machine, a Lambda or a job fails once: throttling, 500, lost answer, no quota, no permission",
+        "recovery, or clean-up with a message that names the cause; the old endpoint answers throughout",
+    ),
+    5: ("disk full in preparation, checkpoint, artifact, report", "exit code 1, the reason said, the last good output intact"),
+    6: (
+        "corrupt pictures, a missing split, trials that all fail, a loss that is NaN",
+        "exact list of what was refused; above the cap the run ends before training; the reason reaches the user",
+    ),
+    7: ("model artifact corrupt, cut off, swapped, or with a pickle that holds code", "refused; the old model serves; nothing is run"),
+    8: ("hostile archives", "nothing outside the target; limits hold; the message names the entry"),
+    9: ("data set addresses that lead inside, redirects, rebinding, slow and endless bodies", "refused or cut off; no connection"),
+    10: (
+        "API: tokens, headers, bodies, sockets, methods and paths of an attacker",
+        "documented answers only; others are served meanwhile; sockets closed in 15 s",
+    ),
+    11: ("the endpoint is in motion or broken when a deployment comes", "a branch with a deadline; never two updates at once"),
+    12: (
+        "spot interruption, no capacity, a job stopped by hand, an aborted execution, a time limit",
+        "as designed; stopped jobs are stopped; the state names what happened",
+    ),
+    13: ("two executions at once; one aborted while the other deploys", "one complete endpoint configuration, always"),
+    14: ("a canary in file name, EXIF, pixels and token", "found in no log, metric, trace, error or report"),
+    15: ("clocks that jump, a slow S3, events out of order", "no wrong success; deadlines by monotonic time"),
+}
+"""Number of a row -> (what is injected, what must hold)."""
+
+Landed = Callable[..., None]
+
+
+@dataclass
+class Outcome:
+    """What is known of one row."""
+
+    injections: int = 0
+    seconds: float = 0.0
+    results: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+OUTCOMES: dict[int, Outcome] = defaultdict(Outcome)
+_COUNTS = pytest.StashKey[list[int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-faults", action="store_true", help="write docs/faults.md from this run")
+
+
+@pytest.fixture
+def landed(request: pytest.FixtureRequest) -> Landed:
+    """Counts injections of the test's row: call it once a fault was seen to be there."""
+    counts: list[int] = []
+    request.node.stash[_COUNTS] = counts
+    return lambda number=1: counts.append(number)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+    report: Any = yield
+    mark = item.get_closest_marker("fault")
+    if mark is not None:
+        counts = item.stash.get(_COUNTS, None)
+        if report.when == "call" and report.outcome == "passed" and not sum(counts or []):
+            report.outcome, report.longrepr = "failed", "the fault never landed: this test has proven nothing"
+        outcome = OUTCOMES[mark.args[0]]
+        # Fixtures take their time too: a cloud that is started for a row belongs to it.
+        outcome.seconds += report.duration
+        if report.when == "call" or report.outcome != "passed":
+            outcome.results[report.outcome] += 1
+        if report.when == "call":
+            outcome.injections += sum(counts or [])
+    return report  # type: ignore[no-any-return]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-faults"):
+        PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page, from what was counted."""
+    lines = [
+        "# Faults",
+        "",
+        "Made by `make faults`, which runs the tests in `tests/faults/`; each fault is seen to land before it is counted. What the",
+        "rows prove in the threat model: [security.md](security.md). Those of a minute and more run in `make test-all` only.",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, {platform.system()}.",
+        "",
+        "| # | injected | must hold | injections | tests | result | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for number, (injected, holds) in ROWS.items():
+        seen = OUTCOMES.get(number, Outcome())
+        result = ", ".join(f"{count} {name}" for name, count in sorted(seen.results.items())) or "not run"
+        result = "passed" if set(seen.results) == {"passed"} else result
+        tests = sum(seen.results.values())
+        lines.append(f"| {number} | {injected} | {holds} | {seen.injections:,} | {tests} | {result} | {seen.seconds:,.0f} |")
+    return "\n".join(lines) + "\n"
