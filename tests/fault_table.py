@@ -34,7 +34,10 @@ ROWS = {
         "corrupt pictures, a missing split, trials that all fail, a loss that is NaN",
         "exact list of what was refused; above the cap the run ends before training; the reason reaches the user",
     ),
-    7: ("model artifact corrupt, cut off, swapped, or with a pickle that holds code", "refused; the old model serves; nothing is run"),
+    7: (
+        "model artifact corrupt, cut off, swapped, or with a pickle that holds code",
+        "refused; the old model serves; nothing is run",
+    ),
     8: ("hostile archives", "nothing outside the target; limits hold; the message names the entry"),
     9: ("data set addresses that lead inside, redirects, rebinding, slow and endless bodies", "refused or cut off; no connection"),
     10: (

@@ -85,6 +85,8 @@ def tls() -> ssl.SSLContext:
 class _PublicConnection(http.client.HTTPSConnection):
     """Connects to an address that was seen to be public, and bounds the time until the headers are there."""
 
+    _late = False
+
     def connect(self) -> None:
         if getattr(self, "_tunnel_host", None):
             super().connect()  # through the proxy of whoever runs this machine, which resolves the name itself
@@ -110,11 +112,15 @@ class _PublicConnection(http.client.HTTPSConnection):
         timer.daemon = True
         timer.start()
         try:
-            return super().getresponse()
+            answer = super().getresponse()
         finally:
             timer.cancel()
+        if self._late:  # http.client takes the end of a connection for the end of the headers
+            raise TimeoutError(f"no complete answer within {SILENCE_S:.0f} s")
+        return answer
 
     def _give_up(self) -> None:
+        self._late = True
         with contextlib.suppress(OSError, AttributeError):
             self.sock.shutdown(socket.SHUT_RDWR)
 

@@ -335,6 +335,10 @@ def is_archive(uri: str) -> bool:
 
 def check_source(uri: str) -> None:
     """Raises DataError for a source of no known form."""
+    try:
+        urllib.parse.urlsplit(uri)
+    except ValueError as problem:
+        raise DataError(f"source {uri!r} is not an address ({problem}): give s3://bucket/prefix/ or an archive") from None
     web = uri.startswith(("http://", "https://"))
     if not web and not uri.startswith(("s3://", "file://")):
         raise DataError(f"source {uri!r} is not understood: give s3://bucket/prefix/, an archive in S3, or an https archive")

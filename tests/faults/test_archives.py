@@ -79,10 +79,10 @@ LINKS = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "device": tar
 
 def refused(archive: Path, out: Path) -> str:
     """What preparing it says; asserts that it is refused and that nothing was written outside of ``out`` or for good inside."""
-    before = {path for path in out.parent.parent.rglob("*")}
+    before = set(out.parent.parent.rglob("*"))
     with pytest.raises(DataError) as problem:
         prepare(flags(archive.as_uri(), out, max_quarantined_share=0.9))
-    after = {path for path in out.parent.parent.rglob("*")} - before
+    after = set(out.parent.parent.rglob("*")) - before
     assert all(path == out or out in path.parents for path in after), after
     assert not [path for path in after if path.is_file()]
     assert not Path("/etc/escape.png").exists()
@@ -163,7 +163,16 @@ def in_little_memory(archive: Path, out: Path, limit_mib: int = 700) -> tuple[st
         "finally:\n"
         "    print('most', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
     )
-    arguments = ["--source", archive.as_uri(), "--dataset_root", out.as_uri(), "--result", str(out / "r"), "--dataset", str(out / "d")]
+    arguments = [
+        "--source",
+        archive.as_uri(),
+        "--dataset_root",
+        out.as_uri(),
+        "--result",
+        str(out / "r"),
+        "--dataset",
+        str(out / "d"),
+    ]
     command = [sys.executable, "-c", program, str(MODEL_CODE / "prepare.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=MODEL_CODE)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -263,7 +272,9 @@ def test_ten_million_entries_are_refused_in_little_memory(tmp_path: Path, landed
     landed()
 
 
-def test_the_count_goes_by_the_directory_not_by_what_the_archive_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landed: Landed):
+def test_the_count_goes_by_the_directory_not_by_what_the_archive_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landed: Landed
+):
     from classifier import sources
 
     monkeypatch.setattr(sources, "MAX_MEMBERS", 1000)
