@@ -13,7 +13,7 @@ from typing import Any
 import boto3
 import pytest
 
-pytest_plugins = ["fault_table"]
+pytest_plugins = ["fault_table", "deployment"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 # smdebug's generated code needs protobuf's pure-Python mode, chosen before the first import.
@@ -60,6 +60,12 @@ def unused_port() -> int:
 @pytest.fixture(scope="module")
 def free_port() -> int:
     """A port for this module's own server; the local cloud has another."""
+    return unused_port()
+
+
+@pytest.fixture
+def own_port() -> int:
+    """A port for this test's own server."""
     return unused_port()
 
 

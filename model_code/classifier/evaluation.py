@@ -26,7 +26,7 @@ from classifier.dataset import DatasetInfo, decoded, members, read_info
 from classifier.errors import DataError
 from classifier.forms import FORMS
 from classifier.pictures import write_thumbnail
-from classifier.served_model import HEAD, ServedModel
+from classifier.served_model import HEAD, ServedModel, sha256
 from classifier.serving import Floats, Preprocessing, centre, decode, normalise
 
 CODE = (
@@ -202,23 +202,29 @@ def write_pairs(
 
 
 def pack(model: Path, artifact: Path) -> None:
-    """model.tar.gz with the code that serves it; the same input gives the same bytes."""
+    """model.tar.gz with the code that serves it, never half of it; the same input gives the same bytes."""
     code = Path(__file__).resolve().parent.parent
     description = json.loads((model / "model.json").read_text(encoding="utf-8"))
-    form = FORMS[description["form"]]
-    names = {"model.json", "weights.safetensors", form.file, FORMS[form.fallback].file}
-    names |= {HEAD} if description.get("explanation") == "cam" else set()
-    names |= {example["file"] for example in description["selftest"]}
-    files = [(name, model / name) for name in names]
+    files = [(name, model / name) for name in ("model.json", *artifact_files(description))]
     files += [(f"code/{name}", code / name) for name in CODE]
     artifact.mkdir(parents=True, exist_ok=True)
+    partial = artifact / ".model.tar.gz.partial"
     # Weights hardly compress; level 1 keeps the job short.
-    with tarfile.open(artifact / "model.tar.gz", "w:gz", compresslevel=1) as tar:
+    with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
         for name, path in sorted(files):
             info = tarfile.TarInfo(name)
             info.size, info.mode = path.stat().st_size, 0o644
             with path.open("rb") as file:
                 tar.addfile(info, file)
+    partial.replace(artifact / "model.tar.gz")
+
+
+def artifact_files(description: dict[str, Any]) -> list[str]:
+    """Names of what an artifact holds beside model.json and the code."""
+    form = FORMS[description["form"]]
+    names = {"weights.safetensors", form.file, FORMS[form.fallback].file}
+    names |= {HEAD} if description.get("explanation") == "cam" else set()
+    return sorted(names | {example["file"] for example in description["selftest"]})
 
 
 def _model_uri(flags: EvaluateFlags) -> str:
@@ -361,6 +367,7 @@ def _finish_model(folder: Path, description: dict[str, Any], result: dict[str, A
         "top5": result["test"]["top5"],
         "run": flags.run,
         "code_hash": flags.code_hash,
+        "sha256": {name: sha256(folder / name) for name in artifact_files(description)},
     }
     _write_description(folder, description)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -19,18 +18,12 @@ from torch import nn
 from classifier.errors import UserError
 from classifier.feature_maps import with_feature_map
 from classifier.forms import FEATURES
-from classifier.served_model import HEAD, ServedModel
+from classifier.served_model import HEAD, ServedModel, sha256
 from classifier.training import Setup
 
 OPSET = 18
 TOLERANCE = 1e-3
 """Largest difference between torch's and ONNX Runtime's logits, relative to the largest logit."""
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_onnx(network: nn.Module, image_size: int, path: Path, outputs: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -37,6 +38,12 @@ def describe_model(folder: Path) -> dict[str, Any]:
     return found
 
 
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def choose_form(info: dict[str, Any], flags: frozenset[str], wanted: str = "") -> Form:
     """The form that ``model.json`` (or ``wanted``) names, or the fp32 form of its runtime where this CPU lacks what it needs.
 
@@ -62,10 +69,19 @@ class ServedModel:
         self.form = choose_form(self.info, forms.cpu_flags(), form)
         if not (folder / self.form.file).is_file():
             raise ModelError(f"{folder / self.form.file} is missing: form {self.form.name} needs it")
+        self._check_files()
         try:
             self._engine = forms.load(self.form, folder, threads)
         except Exception as problem:  # engines raise kinds of their own
             raise ModelError(f"{self.form.file} could not be loaded by {self.form.runtime}: {str(problem)[:300]}") from problem
+
+    def _check_files(self) -> None:
+        """Raises ModelError for a file that will be used and is not the one whose hash model.json holds."""
+        known = self.info.get("sha256") or {}
+        for name in (self.form.file, HEAD, *(example["file"] for example in self.info.get("selftest") or [])):
+            path = self.folder / name
+            if name in known and path.is_file() and sha256(path) != known[name]:
+                raise ModelError(f"{path} is damaged: its hash is not the one in model.json: deploy another model package")
 
     def logits(self, batch: Floats) -> Floats:
         """``(B, 3, S, S) float32`` to ``(B, C) float32``."""

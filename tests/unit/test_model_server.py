@@ -97,12 +97,12 @@ def test_errors_are_answered_in_one_form(server: str, body: bytes, headers: dict
     assert answer.json()["error"]["message"]
 
 
-def test_without_a_model_ping_says_why(tmp_path: Path, free_port: int):
-    process = _start(tmp_path, free_port + 1)
+def test_without_a_model_ping_says_why(tmp_path: Path, own_port: int):
+    process = _start(tmp_path, own_port)
     try:
-        answer = _ping(free_port + 1, 503)
+        answer = _ping(own_port, 503)
         while "being loaded" in answer.text:
-            answer = _ping(free_port + 1, 503)
+            answer = _ping(own_port, 503)
         assert answer.headers["Retry-After"] == "1"
         assert "model.json is missing" in answer.json()["error"]["message"]
     finally:

@@ -1,4 +1,4 @@
-"""One deployment and one execution of the whole state machine, shared by the tests of this folder."""
+"""One deployment and one execution of the whole state machine, shared by all tests that need them."""
 
 from __future__ import annotations
 
