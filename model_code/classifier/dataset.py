@@ -49,13 +49,17 @@ class DatasetInfo:
 
 
 def read_info(root: Path) -> DatasetInfo:
-    """Raises DataError when ``root`` holds no prepared data set."""
+    """Raises DataError when ``root`` holds no prepared data set, or not all of it."""
     path = root / "dataset.json"
     if not path.is_file():
         raise DataError(f"{path} is missing: the channel must be a folder that prepare.py wrote (datasets/<hash>/)")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     shards: dict[str, list[str]] = {}
     for shard in found["shards"]:
+        file = root / "shards" / shard["name"]
+        size = file.stat().st_size if file.is_file() else 0
+        if size != shard.get("bytes", size) or not file.is_file():
+            raise DataError(f"{file} has {size:,} bytes, dataset.json says {shard.get('bytes', 0):,}: prepare the data set again")
         shards.setdefault(shard["split"], []).append(shard["name"])
     return DatasetInfo(root, found["hash"], found["classes"], found["labels"], found["num_pictures"], shards)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -60,8 +61,20 @@ def write_message(text: str) -> None:
 
 def one_line(problem: BaseException) -> str:
     """The message on one line; unexpected exceptions keep their type's name."""
+    if full := _full_disk(problem):
+        where = f" while {full.filename} was written" if full.filename else ""
+        return f"the disk is full{where}: give the job a larger volume (volume_gb of its stage in cdk.json)"
     text = " ".join(str(problem).split()) or "no message"
     return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text}"
+
+
+def _full_disk(problem: BaseException | None) -> OSError | None:
+    """The lack of space behind a failure: libraries wrap it in errors of their own."""
+    while problem is not None:
+        if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            return problem
+        problem = problem.__cause__ or problem.__context__
+    return None
 
 
 def run_entry_point(main: Callable[[list[str]], None]) -> None:

@@ -1,4 +1,4 @@
-"""Row 7: model artifacts that are damaged, cut off, swapped, or hold a pickle with code. The old model serves; nothing is executed."""
+"""Row 7: model artifacts that are damaged, cut off, swapped, or hold a pickle with code. The old model serves; nothing is run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_artifact(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-# --- the faults: each takes a good artifact and a place where code would leave its mark ------------------------------------------
+# --- the faults: each takes a good artifact and a place where code would leave its mark ------------------------------------
 
 
 def one_bit(folder: Path, mark: Path) -> None:
@@ -134,8 +134,8 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 FAULTS: list[Callable[[Path, Path], None]] = [
-    one_bit, cut_off, empty, swapped, swapped_with_its_hash, pickle_for_network, pickle_for_head, pickle_for_picture, no_description,
-    half_a_description, description_of_another_form, climbing_form, no_numbers,
+    one_bit, cut_off, empty, swapped, swapped_with_its_hash, pickle_for_network, pickle_for_head, pickle_for_picture,
+    no_description, half_a_description, description_of_another_form, climbing_form, no_numbers,
 ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_a_spoiled_artifact_is_refused_and_nothing_in_it_runs(tmp_path: Path, la
     landed()
 
 
-# --- at an endpoint, under load ------------------------------------------------------------------------------------------------
+# --- at an endpoint, under load --------------------------------------------------------------------------------------------
 
 
 def packed(folder: Path) -> bytes:
@@ -252,7 +252,7 @@ def test_the_old_model_serves_on(cloud, sagemaker, endpoint, tmp_path: Path, lan
     landed()
 
 
-# --- where artifacts and weights are read for training and evaluation --------------------------------------------------------------
+# --- where artifacts and weights are read for training and evaluation ------------------------------------------------------
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", data: bytes = b"x") -> tuple[tarfile.TarInfo, bytes]:
