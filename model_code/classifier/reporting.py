@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from classifier import profiling, report_jobs, report_sections, storage
-from classifier.files import replace_text, to_text
+from classifier.files import replace_texts, to_text
 from classifier.findings import Finding
 from classifier.markup import in_csv
 from classifier.profile_rules import profile_findings
@@ -332,8 +332,7 @@ def write(flags: ReportFlags) -> Facts:
         name = str(finding["RuleName"])
         if name.isidentifier():  # it becomes a path, and a stored one was read from outside
             written[rules / name / f"{name}.json"] = to_text(finding)
-    for path, text in written.items():
-        replace_text(path, text)
+    replace_texts(written)
     return facts
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.fault(2)
 
 HERE = Path(__file__).parent
 WRITERS = str(HERE / "writers.py")
-MOMENTS: list[int | None] = [0, 1, 60, None]
+MOMENTS = [60, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 1, None))]
 """Bytes after which the process dies; None: when it gives the complete file its name."""
 
 
@@ -166,6 +166,7 @@ def kill_a_checkpoint(dataset: Path, folder: Path, undisturbed: dict[str, Any], 
         assert torch.equal(result["weights"][name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nth", "at"), [(1, 100_000), (3, 5_000_000)])
 def test_a_training_that_dies_in_a_checkpoint_goes_on_from_the_one_before(
     dataset: Path, tmp_path: Path, undisturbed: dict[str, Any], landed: Landed, nth: int, at: int
