@@ -33,6 +33,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_BODY = 6 * 2**20
 """SageMaker's own limit of a real-time invocation is 6 MiB."""
@@ -44,7 +45,9 @@ MIN_INSIDE = 4 * WORKERS
 SMOOTHING = 0.05
 """Weight of the newest picture in the moving average of the time that one takes."""
 SELF_TEST_MAX_MS = float(os.environ.get("SELF_TEST_MAX_MS", "5000"))
-BODY_TIMEOUT_S = 15.0
+HEADERS_TIMEOUT_S = 10.0
+"""How long a client may take from its connection, or from the first byte of a further request, to the end of its headers."""
+BODY_TIMEOUT_S = 10.0
 """How long a client may take to send its body."""
 SHUTDOWN_S = 10
 _ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
@@ -112,7 +115,8 @@ class Service:
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    # Who was too slow to send a body does not get to send the rest of it.
+    headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(status)
     return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
 
 
@@ -231,6 +235,36 @@ def build_app(model_dir: str) -> Starlette:
     return app
 
 
+class Impatient(HttpToolsProtocol):
+    """uvicorn's HTTP with a limit on the time of headers: without one, a few hundred clients that never end theirs hold it up."""
+
+    _headers: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def on_message_begin(self) -> None:
+        self._wait()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._arrived()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._arrived()
+        self._headers = self.loop.call_later(HEADERS_TIMEOUT_S, self.transport.close)
+
+    def _arrived(self) -> None:
+        if self._headers is not None:
+            self._headers.cancel()
+
+
 def main(argv: list[str]) -> int:
     """``server.py serve``; anything else is refused."""
     if argv != ["serve"]:
@@ -244,6 +278,7 @@ def main(argv: list[str]) -> int:
         app,
         host=host,
         port=port,
+        http=Impatient,
         log_level="warning",
         access_log=False,
         timeout_keep_alive=75,

@@ -62,16 +62,19 @@ def write_message(text: str) -> None:
 def one_line(problem: BaseException) -> str:
     """The message on one line; unexpected exceptions keep their type's name."""
     if full := _full_disk(problem):
-        where = f" while {full.filename} was written" if full.filename else ""
+        name = getattr(full, "filename", None)
+        where = f" while {name} was written" if name else ""
         return f"the disk is full{where}: give the job a larger volume (volume_gb of its stage in cdk.json)"
     text = " ".join(str(problem).split()) or "no message"
     return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text}"
 
 
-def _full_disk(problem: BaseException | None) -> OSError | None:
-    """The lack of space behind a failure: libraries wrap it in errors of their own."""
+def _full_disk(problem: BaseException | None) -> BaseException | None:
+    """The lack of space behind a failure: libraries wrap it in errors of their own, and SQLite has one that is no OSError."""
     while problem is not None:
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            return problem
+        if getattr(problem, "sqlite_errorname", "") == "SQLITE_FULL":
             return problem
         problem = problem.__cause__ or problem.__context__
     return None

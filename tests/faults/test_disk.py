@@ -133,6 +133,23 @@ def test_a_downloaded_archive_says_so(tmp_path: Path, landed: Landed):
     landed()
 
 
+@needs_mount
+def test_a_catalogue_says_so(tmp_path: Path, landed: Landed):
+    """SQLite has an error of its own for it."""
+    (tmp_path / "disk").mkdir()
+    program = (
+        f"import sys; sys.path.insert(0, {str(MODEL_CODE)!r})\n"
+        "from pathlib import Path\n"
+        "from classifier.catalogue import Catalogue\n"
+        "from classifier.errors import run_entry_point\n"
+        "from classifier.sources import Entry\n"
+        f"table = Catalogue(Path({str(tmp_path / 'disk' / 'c.sqlite')!r}))\n"
+        "run_entry_point(lambda _: table.fill((Entry(f'train/{n % 9}/{n}.png', 1) for n in range(50_000)), 0))\n"
+    )
+    assert_said(on_small_disk(tmp_path, tmp_path / "disk", 300, "-c", program), tmp_path)
+    landed()
+
+
 def test_the_reason_names_the_file_and_the_remedy(landed: Landed):
     text = one_line(OSError(28, "No space left on device", "/opt/ml/x"))
     assert "/opt/ml/x" in text
