@@ -27,6 +27,7 @@ import boto3
 
 from local_cloud import emulator, validation
 from local_cloud.codebuild import CodeBuild
+from local_cloud.faults import Faults, name_of
 from local_cloud.images import Images, aws_images
 from local_cloud.live import PREFIX, LiveReports
 from local_cloud.quotas import Quotas
@@ -66,12 +67,14 @@ class LocalCloud:
             "service-quotas": Quotas(),
         }
         self._live = LiveReports(self, states.executions)
+        self._faults = Faults(root)
         self._ministack = emulator.application()
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
         emulator.correct_bucket_tags()
         emulator.count_embedded_metrics()
         emulator.correct_alarms()
+        emulator.record_decisions(lambda found: self._note("decisions", found))
 
     # -- What the services see (local_cloud.service.Cloud) --
 
@@ -102,6 +105,24 @@ class LocalCloud:
             await self._ministack(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        call = name_of(scope, headers)
+        fault = None
+        if call:
+            caller = emulator.caller(headers, scope.get("query_string", b""))
+            self._note("calls", {"call": call, "caller": caller})
+            fault = self._faults.take(call, caller)
+        if fault is None:
+            await self._dispatch(scope, headers, receive, send)
+            return
+        await asyncio.sleep(fault.delay_s)
+        if not fault.code:
+            await self._dispatch(scope, headers, receive, send)
+            return
+        if fault.after:
+            await self._dispatch(scope, headers, receive, _lost)
+        await _send(send, *fault.answer())
+
+    async def _dispatch(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
         if _asks_for_report(scope, headers):
             await _send(send, *await asyncio.to_thread(self._live.answer, scope["path"], headers.get("host", "")))
             return
@@ -174,9 +195,12 @@ class LocalCloud:
 
     def _denied(self, action: str, message: str) -> None:
         """Keep a record of every refused call: a run that saw none proves that the roles suffice."""
-        line = json.dumps({"time": time.time(), "action": action, "message": message[:500]})
-        with (self.root / "denied.jsonl").open("a") as log:
-            log.write(line + "\n")
+        self._note("denied", {"time": time.time(), "action": action, "message": message[:500]})
+
+    def _note(self, name: str, content: dict[str, Any]) -> None:
+        """A line into one of the cloud's records: ``calls``, ``decisions`` (of IAM) and ``denied``, each ``<name>.jsonl``."""
+        with (self.root / f"{name}.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(content) + "\n")
 
 
 def _asks_for_report(scope: Scope, headers: dict[str, str]) -> bool:
@@ -206,6 +230,10 @@ def _target(scope: Scope, headers: dict[str, str]) -> tuple[str, str] | None:
     if signed_for == "codebuild" and operation in _BUILD_OPERATIONS:
         return ("codebuild", operation)
     return None
+
+
+async def _lost(message: dict[str, Any]) -> None:
+    """An answer that reaches nobody."""
 
 
 async def _read(receive: Receive) -> bytes:

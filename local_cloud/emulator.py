@@ -111,6 +111,28 @@ def _enforce(access_key_id: str, permission: Permission, service: str) -> None:
         )
 
 
+def caller(headers: dict[str, str], query_string: bytes) -> str:
+    """ARN of who signed a request, unchecked; of the account's root where nobody did."""
+    from ministack.core import iam_evaluator
+
+    return str(iam_evaluator.request_caller_arn(headers, parse_qs(query_string.decode("latin-1"), keep_blank_values=True)))
+
+
+def record_decisions(write: Callable[[dict[str, str]], None]) -> None:
+    """Tell ``write`` of every decision of the policy engine: principal, action, resource, decision. The root's are none."""
+    from ministack.core import iam_evaluator
+
+    decide = iam_evaluator.evaluate
+
+    def recorded(context: Any, policies: Any, *limits: Any) -> Any:
+        result = decide(context, policies, *limits)
+        found = {"principal": context.principal_arn, "action": context.action, "resource": context.resource_arn}
+        write({**found, "decision": result.decision})
+        return result
+
+    iam_evaluator.evaluate = recorded
+
+
 def assume(role_arn: str, service: str, name: str) -> boto3.Session:
     """Credentials of a role as an AWS service assumes it: the trust policy must name ``service``, and its conditions hold.
 

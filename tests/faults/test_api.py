@@ -63,7 +63,10 @@ SLOW: dict[str, tuple[bytes, bytes]] = {
 """What is sent at first, and then again and again."""
 
 
-@pytest.mark.parametrize("kind", SLOW)
+QUICK = "headers without end"
+
+
+@pytest.mark.parametrize("kind", [kind if kind == QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW])
 def test_slow_clients_on_300_sockets_are_cut_off_while_others_are_served(container: str, landed: Landed, kind: str):
     first, more = SLOW[kind]
     port = int(container.rsplit(":", 1)[1])
@@ -91,7 +94,7 @@ def test_slow_clients_on_300_sockets_are_cut_off_while_others_are_served(contain
         one.close()
     assert not open_ones, f"{len(open_ones)} of 300 are open after {took:.0f} s"
     assert took < CLOSED_IN_S
-    assert answers > 10
+    assert answers >= took
 
 
 def closed(one: socket.socket, more: bytes) -> bool:
