@@ -295,21 +295,30 @@ class Budget(Construct):
 
 
 def clean_up(scope: Construct, construct_id: str, *, config: StageConfig, folder: Path) -> Function:
-    """The Lambda that removes what a failed execution made."""
+    """The Lambda that stops and removes what an execution made and nobody uses."""
     function = Function(
         scope,
         construct_id,
         config=config,
         code=folder,
         handler="clean_up.handle",
-        description="Removes the model and endpoint configuration of a failed run, unless they serve",
+        description="Stops and removes what a run made, unless it serves",
         environment={"ENDPOINT_NAME": config.prefix},
         timeout_s=120,
     )
     configs, models = (sagemaker_arns(config.prefix, [kind]) for kind in ("endpoint-config", "model"))
     function.allow(["sagemaker:DescribeEndpoint"], [sagemaker_arn(f"endpoint/{config.prefix}")])
-    function.allow(["sagemaker:DeleteEndpointConfig"], configs)
+    function.allow(["sagemaker:DescribeEndpointConfig", "sagemaker:DeleteEndpointConfig"], configs)
     function.allow(["sagemaker:DeleteModel"], models)
+    for kind, what in (
+        ("hyper-parameter-tuning-job", "HyperParameterTuningJob"),
+        ("training-job", "TrainingJob"),
+        ("processing-job", "ProcessingJob"),
+    ):
+        function.allow([f"sagemaker:Stop{what}"], sagemaker_arns(config.prefix, [kind]))
+    # IAM knows no resource for lists.
+    lists = ("HyperParameterTuningJobs", "TrainingJobs", "ProcessingJobs", "EndpointConfigs", "Models")
+    function.allow([f"sagemaker:List{what}" for what in lists], ["*"])
     return function
 
 

@@ -20,7 +20,8 @@ from infra.requests import Json, ask
 SDK = "arn:aws:states:::aws-sdk"
 OPTIMIZED = "arn:aws:states:::sagemaker"
 
-WAITING = ["Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"]
+WAITING = ["Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting", "Unknown"]
+"""States of an endpoint that pass; Unknown: SageMaker could not be asked just now."""
 
 # AWS names throttling and lack of quota differently by integration; anything else is not worth a second try.
 BUSY = [
@@ -360,9 +361,10 @@ def _evaluation_states(config: StageConfig) -> Json:
         },
         "NotifyRefused": {
             **_publish(f"{config.prefix}: model refused", _refusal()),
-            "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "QualityGateFailed"}],
-            "Next": "QualityGateFailed",
+            "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "TidyUpRefused"}],
+            "Next": "TidyUpRefused",
         },
+        "TidyUpRefused": _clean_up("TidyUpRefused", "QualityGateFailed"),
         "QualityGateFailed": {"Type": "Fail", "Error": "QualityGateFailed", "Cause": ask(_refusal())},
     }
 
@@ -640,7 +642,7 @@ def _proof_states(config: StageConfig) -> Json:
             "ContentType": "application/json",
             "Body": champion,
         },
-        "Publish",
+        "TidyUp",
     )
     write["Catch"] = _catch("WriteChampion", "CheckCurrent")
     write["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
@@ -651,6 +653,7 @@ def _proof_states(config: StageConfig) -> Json:
     return {
         "SmokeTest": smoke,
         "WriteChampion": write,
+        "TidyUp": _clean_up("TidyUp", "Publish"),
         "Publish": {
             **_publish(f"{config.prefix}: model deployed", message),
             # A message that cannot be sent does not undo a working deployment.
@@ -703,7 +706,11 @@ def _describe(config: StageConfig, name: str, following: str) -> Json:
         },
     }
     missing = {
-        "status": ask("$contains($states.errorOutput.Cause, 'ould not find') ? 'Missing' : 'Unknown'"),
+        "status": ask(
+            "$contains($states.errorOutput.Cause, 'ould not find') ? 'Missing' : "
+            "$contains($states.errorOutput.Cause, /Throttling|Rate exceeded|Status Code: 5|Unable to execute/) or "
+            "$states.errorOutput.Error = 'States.Timeout' ? 'Unknown' : 'Refused'"
+        ),
         "config": "",
         "reason": ask("$states.errorOutput.Cause"),
         "instances": 0,
@@ -780,11 +787,6 @@ def _failure_states(config: StageConfig) -> Json:
         f"$attempt < {MAX_CAPACITY_RETRIES} and $contains($failure.cause, "
         "/CapacityError|InsufficientInstanceCapacity|insufficient capacity/)"
     )
-    clean_up = _lambda(
-        "CleanUp",
-        "CleanUp",
-        {"model": ask("$model_name"), "endpoint_config": ask("$endpoint_config")},
-    )
     return {
         "CapacityMissing": {
             "Type": "Choice",
@@ -797,7 +799,7 @@ def _failure_states(config: StageConfig) -> Json:
             "Choices": [{"Condition": ask(f"$failure.state = '{name}'"), "Next": name} for name in JOB_STATES],
             "Default": "CleanUp",
         },
-        "CleanUp": {**clean_up, "Next": "ChooseReport", "Catch": [{"ErrorEquals": ["States.ALL"], "Next": "ChooseReport"}]},
+        "CleanUp": _clean_up("CleanUp", "ChooseReport"),
         **_late_report_states(config),
         "NotifyFailure": {
             **_publish("Classifier run failed", _explanation(config)),
@@ -922,6 +924,13 @@ def _lambda(name: str, function: str, payload: Json) -> Json:
     )
     state["Retry"] = [_retry(LAMBDA_BUSY)]
     return state
+
+
+def _clean_up(name: str, following: str) -> Json:
+    """Removes what the execution made and does not serve: after a failure all of it, otherwise what a call made whose answer was
+    lost, so that it was made again. Best effort: nothing is decided by it."""
+    state = _lambda(name, "CleanUp", {"run": ask(requests.run_key())})
+    return {**state, "Catch": [{"ErrorEquals": ["States.ALL"], "Next": following}], "Next": following}
 
 
 def _publish(subject: str, message: str) -> Json:

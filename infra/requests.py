@@ -76,11 +76,17 @@ def run_uri(folder: str) -> str:
     return f"'s3://${{DataBucket}}/runs/' & $run & '/{folder}'"
 
 
+def run_key() -> str:
+    """JSONata source for 8 hex digits of the execution: what it made is found by them, also what it was never told of."""
+    return "$substring($hash($states.context.Execution.Id, 'SHA-256'), 0, 8)"
+
+
 def unique() -> str:
-    """JSONata source for 16 hex digits that differ on every execution, redrive, state and retry."""
+    """JSONata source for 16 hex digits that differ on every execution, redrive, state and retry; the first 8 are ``run_key``."""
     return (
+        f"{run_key()} & "
         "$substring($hash($states.context.Execution.Id & '/' & $string($states.context.Execution.RedriveCount) & '/' & "
-        "$states.context.State.Name & '/' & $string($states.context.State.RetryCount) & '/' & $string($attempt), 'SHA-256'), 0, 16)"
+        "$states.context.State.Name & '/' & $string($states.context.State.RetryCount) & '/' & $string($attempt), 'SHA-256'), 0, 8)"
     )
 
 

@@ -306,7 +306,8 @@ class AwsTask(StateTaskService):  # type: ignore[misc]
         if code in model.shape_names:  # the API documents this error; the SDK has a class for it
             name = f"{title}.{code.removesuffix('Exception')}Exception"
         else:
-            name = f"{title}.{'Amazon' if self.resource.service_name == 'sagemaker' else ''}{title}Exception"
+            maker = {"sagemaker": "Amazon", "lambda": "AWS"}.get(self.resource.service_name, "")
+            name = f"{title}.{maker}{title}Exception"
         status = meta.get("HTTPStatusCode")
         cause = f"{error.response['Error'].get('Message', '')} (Service: {title}, Status Code: {status}, Error Code: {code})"
         return _failure(env, self, name, cause)
