@@ -144,6 +144,11 @@ def accept_for_dry_run(scope: IConstruct) -> None:
     accept(scope, "IAM5", "Service Quotas' lists know no resource.", ["Resource::*"])
 
 
+def accept_for_clean_up(scope: IConstruct) -> None:
+    """What stops and removes."""
+    accept(scope, "IAM5", "List calls know no resource; what is stopped and removed has this stage's names.", ["Resource::*"])
+
+
 def accept_for_key(scopes: list[IConstruct]) -> None:
     """Whoever uses the stage's own key."""
     for scope in scopes:

@@ -198,6 +198,7 @@ class ImageClassifier(Stack):
         acknowledgements.accept_for_api(predict)
         acknowledgements.accept_on_destroy(on_destroy, config=config)
         acknowledgements.accept_for_scaling([machine_role, on_destroy, *([idle] if idle else [])], config=config)
+        acknowledgements.accept_for_clean_up(called[1])
         acknowledgements.accept_for_dry_run(called[-1])
         if not config.tracing:
             acknowledgements.accept_without_tracing(self.node.find_child("Pipeline"))

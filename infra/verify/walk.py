@@ -426,11 +426,12 @@ def _situations(config: StageConfig, account: _Make) -> Iterator[Scenario]:
 
     yield Scenario("the serving image is there", {}, built)
     yield Scenario("the model is refused", {}, weak)
-    yield Scenario("the model is refused in silence", {}, lambda: _silent(weak()))
+    yield Scenario("the model is refused in silence", {}, lambda: _silent(weak(), "NotifyRefused"))
+    yield Scenario("the model is refused and nothing tidied up", {}, lambda: _silent(weak(), "TidyUpRefused"))
 
 
-def _silent(made: Account) -> Account:
-    made.faults["NotifyRefused"] = TaskError("SNS.AuthorizationErrorException", "no")
+def _silent(made: Account, state: str) -> Account:
+    made.faults[state] = TaskError("States.TaskFailed", "no")
     return made
 
 

@@ -33,9 +33,7 @@ def handle(event: dict[str, Any], context: Any) -> dict[str, Any]:
 def stop_jobs(client: Any, key: str) -> list[str]:
     """Stop the execution's jobs that run; a tuning job stops its trials."""
     tuning = [
-        name
-        for name in tuning_jobs(client, key)
-        if _done(client.stop_hyper_parameter_tuning_job, HyperParameterTuningJobName=name)
+        name for name in tuning_jobs(client, key) if _done(client.stop_hyper_parameter_tuning_job, HyperParameterTuningJobName=name)
     ]
     training = [name for name in training_jobs(client, key) if _done(client.stop_training_job, TrainingJobName=name)]
     processing = [name for name in processing_jobs(client, key) if _done(client.stop_processing_job, ProcessingJobName=name)]
@@ -45,7 +43,9 @@ def stop_jobs(client: Any, key: str) -> list[str]:
 def tuning_jobs(client: Any, key: str) -> Iterator[str]:
     """Names of the execution's tuning jobs that run."""
     pages = client.get_paginator("list_hyper_parameter_tuning_jobs").paginate(NameContains=key, StatusEquals="InProgress")
-    yield from _ours((one["HyperParameterTuningJobName"] for page in pages for one in page["HyperParameterTuningJobSummaries"]), key)
+    yield from _ours(
+        (one["HyperParameterTuningJobName"] for page in pages for one in page["HyperParameterTuningJobSummaries"]), key
+    )
 
 
 def training_jobs(client: Any, key: str) -> Iterator[str]:

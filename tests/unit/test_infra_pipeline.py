@@ -970,7 +970,7 @@ def test_a_failed_smoke_test_brings_the_previous_configuration_back():
     machine, last, output = walk({}, account=account)
     assert last == "Failed"
     assert account.endpoint["EndpointConfigName"] == "older"
-    assert machine.requests["CleanUp"]["Payload"]["endpoint_config"].startswith("dogs-dev-")
+    assert machine.requests["CreateModel"]["ModelName"].startswith(f"dogs-dev-{machine.requests['CleanUp']['Payload']['run']}")
     assert "3 of 4 pictures were wrong" in output["Cause"]
 
 

@@ -174,47 +174,102 @@ def test_waiting_ends(monkeypatch: pytest.MonkeyPatch):
 
 # --- clean-up --------------------------------------------------------------------------------------------------------------
 
-MADE = {"model": "dogs-dev-1", "endpoint_config": "dogs-dev-2"}
+KEY = "0123abcd"
+LISTS = ("hyper_parameter_tuning_job", "training_job", "processing_job")
+FIELDS = {
+    "hyper_parameter_tuning_job": ("HyperParameterTuningJobSummaries", "HyperParameterTuningJobName"),
+    "training_job": ("TrainingJobSummaries", "TrainingJobName"),
+    "processing_job": ("ProcessingJobSummaries", "ProcessingJobName"),
+}
 
 
-def test_what_the_run_made_is_removed(monkeypatch: pytest.MonkeyPatch):
+def ours(number: int, kind: str = "") -> str:
+    return f"dogs-dev-{kind}{KEY}{number:08x}"
+
+
+def listed(stub: Stubber, jobs: dict[str, list[str]]) -> None:
+    """Jobs that run, by kind; ours are stopped."""
+    for kind in LISTS:
+        summaries, field = FIELDS[kind]
+        arn, status = f"{field.removesuffix('Name')}Arn", f"{field.removesuffix('Name')}Status"
+        more = {"Strategy": "Bayesian", "TrainingJobStatusCounters": {}, "ObjectiveStatusCounters": {}} if kind == LISTS[0] else {}
+        rows = [{field: name, arn: "a" * 30, status: "InProgress", "CreationTime": 0, **more} for name in jobs.get(kind, [])]
+        stub.add_response(f"list_{kind}s", {summaries: rows}, {"NameContains": KEY, "StatusEquals": "InProgress"})
+        for name in jobs.get(kind, []):
+            if name.startswith("dogs-dev-") and name.count("-") <= 3:
+                stub.add_response(f"stop_{kind}", {}, {field: name})
+
+
+def test_what_the_run_made_is_stopped_and_removed(monkeypatch: pytest.MonkeyPatch):
     sagemaker = client("sagemaker")
     stubbed(monkeypatch, sagemaker=sagemaker)
     with Stubber(sagemaker) as stub:
+        listed(stub, {"training_job": [ours(1), f"other-{KEY}00000000"], "processing_job": [ours(2, "prep-")]})
         stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
-        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "dogs-dev-2"})
-        stub.add_response("delete_model", {}, {"ModelName": "dogs-dev-1"})
-        assert clean_up.handle(MADE, None) == {"removed": ["dogs-dev-2", "dogs-dev-1"]}
+        rows = [
+            {"EndpointConfigName": name, "EndpointConfigArn": "a" * 20, "CreationTime": 0} for name in (ours(3), f"x-{ours(3)}")
+        ]
+        stub.add_response("list_endpoint_configs", {"EndpointConfigs": rows}, {"NameContains": KEY})
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": ours(3)})
+        rows = [{"ModelName": name, "ModelArn": "a" * 20, "CreationTime": 0} for name in (ours(4), f"{ours(4)}-by-hand")]
+        stub.add_response("list_models", {"Models": rows}, {"NameContains": KEY})
+        stub.add_response("delete_model", {}, {"ModelName": ours(4)})
+        found = clean_up.handle({"run": KEY}, None)
+        stub.assert_no_pending_responses()
+    assert found == {"stopped": [ours(1), ours(2, "prep-")], "removed": [ours(3), ours(4)]}
 
 
-def test_what_serves_is_kept(monkeypatch: pytest.MonkeyPatch):
+def serves(stub: Stubber, config: str, model: str, status: str = "InService") -> None:
+    found = {"EndpointName": "dogs-dev", "EndpointArn": "a" * 20, "EndpointConfigName": config, "CreationTime": 0}
+    stub.add_response("describe_endpoint", {**found, "LastModifiedTime": 0, "EndpointStatus": status})
+    if status != "Deleting":
+        variant = {"VariantName": "main", "ModelName": model}
+        described = {
+            "EndpointConfigName": config,
+            "EndpointConfigArn": "a" * 20,
+            "ProductionVariants": [variant],
+            "CreationTime": 0,
+        }
+        stub.add_response("describe_endpoint_config", described, {"EndpointConfigName": config})
+
+
+def test_what_serves_is_kept_and_what_was_made_twice_is_not(monkeypatch: pytest.MonkeyPatch):
     sagemaker = client("sagemaker")
-    monkeypatch.setattr(boto3, "client", lambda *_, **__: sagemaker)
-    monkeypatch.setattr(clean_up, "serving_config", lambda _: "dogs-dev-2")
-    with Stubber(sagemaker):
-        assert clean_up.handle(MADE, None)["removed"] == []
+    stubbed(monkeypatch, sagemaker=sagemaker)
+    with Stubber(sagemaker) as stub:
+        listed(stub, {})
+        serves(stub, ours(3), ours(4))
+        rows = [{"EndpointConfigName": ours(n), "EndpointConfigArn": "a" * 20, "CreationTime": 0} for n in (3, 5)]
+        stub.add_response("list_endpoint_configs", {"EndpointConfigs": rows})
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": ours(5)})
+        rows = [{"ModelName": ours(n), "ModelArn": "a" * 20, "CreationTime": 0} for n in (4, 6)]
+        stub.add_response("list_models", {"Models": rows})
+        stub.add_response("delete_model", {}, {"ModelName": ours(6)})
+        assert clean_up.handle({"run": KEY}, None) == {"stopped": [], "removed": [ours(5), ours(6)]}
 
 
 def test_the_configuration_of_a_deleted_endpoint_does_not_serve():
     sagemaker = client("sagemaker")
-    found = {"EndpointName": "dogs-dev", "EndpointArn": "a" * 20, "EndpointConfigName": "dogs-dev-2", "CreationTime": 0}
     with Stubber(sagemaker) as stub:
-        for status, name in (("InService", "dogs-dev-2"), ("Deleting", "")):
-            stub.add_response("describe_endpoint", {**found, "LastModifiedTime": 0, "EndpointStatus": status})
-            assert clean_up.serving_config(sagemaker) == name
+        for status, names in (("InService", {"c", "m"}), ("Deleting", set())):
+            serves(stub, "c", "m", status)
+            assert clean_up.serving(sagemaker) == names
 
 
-def test_nothing_made_removes_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_a_job_that_has_just_ended_is_no_failure():
     sagemaker = client("sagemaker")
-    stubbed(monkeypatch, sagemaker=sagemaker)
-    with Stubber(sagemaker):
-        assert clean_up.handle({"model": "", "endpoint_config": ""}, None) == {"removed": []}
+    with Stubber(sagemaker) as stub:
+        stub.add_client_error(
+            "stop_training_job", "ValidationException", "The request was rejected because the job is in Completed"
+        )
+        assert not clean_up._done(sagemaker.stop_training_job, TrainingJobName="x")
 
 
-def test_names_of_others_are_refused(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("key", [None, "", "0123", "0123ABCD", "0123abcd0", "../../..", "*"])
+def test_what_is_no_executions_digits_is_refused(monkeypatch: pytest.MonkeyPatch, key: Any):
     stubbed(monkeypatch, sagemaker=client("sagemaker"))
-    with pytest.raises(ValueError, match="expected a name that begins with 'dogs-dev-'"):
-        clean_up.handle({"model": "someone-elses"}, None)
+    with pytest.raises(ValueError, match="expected the 8 hex digits"):
+        clean_up.handle({"run": key}, None)
 
 
 def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPatch):
@@ -227,8 +282,8 @@ def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPat
         stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
         digits = "0123456789abcdef"
         names = [f"dogs-dev-{digits}", f"other-dogs-dev-{digits}", f"dogs-dev-b-{digits}", "dogs-dev-by-hand"]
-        listed = [{"EndpointConfigName": name, "EndpointConfigArn": "a" * 20, "CreationTime": 0} for name in names]
-        stub.add_response("list_endpoint_configs", {"EndpointConfigs": listed})
+        found = [{"EndpointConfigName": name, "EndpointConfigArn": "a" * 20, "CreationTime": 0} for name in names]
+        stub.add_response("list_endpoint_configs", {"EndpointConfigs": found})
         stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": names[0]})
         stub.add_response("list_models", {"Models": []})
         stub.add_client_error("list_model_packages", "ValidationException", "Model package group does not exist.")
