@@ -112,11 +112,11 @@ def test_a_canary_is_found_nowhere(finished: Any, deployed: Any, landed: Landed)
     statuses = [status for status, _ in answers]
     assert {200, 401} <= set(statuses), statuses
     assert max(statuses) < 500, answers
-    told = json.dumps([answer for _, answer in answers], default=str).encode()
+    said = json.dumps([answer for _, answer in answers], default=str).encode()
     canaries = {"file name": name, "EXIF": exif, "pixels": pixels, "wrong token": wrong, "token": deployed.token.encode()}
     for what, canary in canaries.items():
         # An error may repeat a parameter that it complains of; never a picture, a name or a token.
-        assert what == "wrong token" or not any(one in told for one in forms_of(canary)), f"{what} in an answer"
+        assert what == "wrong token" or not any(one in said for one in forms_of(canary)), f"{what} in an answer"
     found = [
         f"{what} in {where}"
         for where, content in texts(deployed)
