@@ -7,6 +7,7 @@ UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 VENV := .venv
 CHECKOV_VERSION := 3.3.30
+PIP_AUDIT_VERSION := 2.10.1
 CLI := node_modules/.bin/cdk
 # What `make run` takes; see `make help`. Exported, so that values with spaces or quotes reach Python as they are.
 DATA ?=
@@ -29,7 +30,7 @@ export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export RUN BUCKET OUT IMAGE STAGE
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
 
-.PHONY: permissions help run diff deploy predict logs report compare test test-all verify bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
+.PHONY: permissions faults audit help run diff deploy predict logs report compare test test-all verify bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +69,14 @@ test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among the
 
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
+
+faults: $(VENV)/.test $(CLI)  ## the fault tests alone, slow ones too (an hour), and docs/faults.md made from them
+	@rm -f build/faults.json && $(VENV)/bin/python -m pytest tests/faults --write-faults
+
+audit: $(UV)  ## known vulnerabilities of every locked package (asks PyPI and npm)
+	@for list in requirements.txt model_code/requirements.txt model_code/requirements-server.txt model_code/requirements-server-gpu.txt; do \
+	  echo "$$list" && $(UV) tool run "pip-audit==$(PIP_AUDIT_VERSION)" --strict --disable-pip --require-hashes -r "$$list" || exit 1; done
+	@npm audit
 
 verify: $(VENV)/.test $(CLI) .checkov/.done  ## every stage and configuration against all verifiers (a minute and a half); NAMES=dev prod for some
 	@$(VENV)/bin/python -m infra.verify $(NAMES)

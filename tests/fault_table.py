@@ -6,10 +6,10 @@ of a fault that counts none has proven nothing and fails.
 
 from __future__ import annotations
 
+import json
 import platform
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,23 +56,16 @@ ROWS = {
 """Number of a row -> (what is injected, what must hold)."""
 
 Landed = Callable[..., None]
-
-
-@dataclass
-class Outcome:
-    """What is known of one row."""
-
-    injections: int = 0
-    seconds: float = 0.0
-    results: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-
-OUTCOMES: dict[int, Outcome] = defaultdict(Outcome)
+RECORD = Path(__file__).resolve().parent.parent / "build" / "faults.json"
+"""What each test of a fault came to, by its name: the page may be made from several runs, none of which had the whole night."""
 _COUNTS = pytest.StashKey[list[int]]()
+_outcomes: dict[str, dict[str, Any]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-faults", action="store_true", help="write docs/faults.md from this run")
+    parser.addoption(
+        "--write-faults", action="store_true", help="keep the outcomes, and write docs/faults.md from them"
+    )
 
 
 @pytest.fixture
@@ -91,22 +84,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         counts = item.stash.get(_COUNTS, None)
         if report.when == "call" and report.outcome == "passed" and not sum(counts or []):
             report.outcome, report.longrepr = "failed", "the fault never landed: this test has proven nothing"
-        outcome = OUTCOMES[mark.args[0]]
+        seen = _outcomes.setdefault(item.nodeid, {"row": mark.args[0], "injections": 0, "seconds": 0.0, "result": "passed"})
         # Fixtures take their time too: a cloud that is started for a row belongs to it.
-        outcome.seconds += report.duration
-        if report.when == "call" or report.outcome != "passed":
-            outcome.results[report.outcome] += 1
-        if report.when == "call":
-            outcome.injections += sum(counts or [])
+        seen["seconds"] += report.duration
+        seen["injections"] = sum(counts or [])
+        if report.outcome != "passed":
+            seen["result"] = report.outcome
     return report  # type: ignore[no-any-return]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--write-faults"):
-        PAGE.write_text(page(), encoding="utf-8")
+        known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps({**known, **_outcomes}, indent=1))
+        PAGE.write_text(page({**known, **_outcomes}), encoding="utf-8")
 
 
-def page() -> str:
+def page(outcomes: dict[str, dict[str, Any]]) -> str:
     """The page, from what was counted."""
     lines = [
         "# Faults",
@@ -120,9 +115,9 @@ def page() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for number, (injected, holds) in ROWS.items():
-        seen = OUTCOMES.get(number, Outcome())
-        result = ", ".join(f"{count} {name}" for name, count in sorted(seen.results.items())) or "not run"
-        result = "passed" if set(seen.results) == {"passed"} else result
-        tests = sum(seen.results.values())
-        lines.append(f"| {number} | {injected} | {holds} | {seen.injections:,} | {tests} | {result} | {seen.seconds:,.0f} |")
+        mine = [one for one in outcomes.values() if one["row"] == number]
+        results = Counter(one["result"] for one in mine)
+        result = "passed" if set(results) == {"passed"} else ", ".join(f"{n} {name}" for name, n in results.items()) or "not run"
+        injections, seconds = sum(one["injections"] for one in mine), sum(one["seconds"] for one in mine)
+        lines.append(f"| {number} | {injected} | {holds} | {injections:,} | {len(mine)} | {result} | {seconds:,.0f} |")
     return "\n".join(lines) + "\n"
