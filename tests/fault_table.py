@@ -63,9 +63,7 @@ _outcomes: dict[str, dict[str, Any]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--write-faults", action="store_true", help="keep the outcomes, and write docs/faults.md from them"
-    )
+    parser.addoption("--write-faults", action="store_true", help="keep the outcomes, and write docs/faults.md from them")
 
 
 @pytest.fixture

@@ -155,3 +155,63 @@ def test_each_call_of_a_deployment_fails_once_in_each_way(finished, deployed, di
     assert set(seen) == {200}, seen
     assert outcomes["SUCCEEDED"] > outcomes["FAILED"] / 4, outcomes
     print(outcomes, seen)
+
+
+# --- a whole run -------------------------------------------------------------------------------------------------------------
+
+
+def kind_of(call: str) -> str:
+    """A call without the names in it: service and operation, or method."""
+    return call.split(" ")[0]
+
+
+def running(deployed: Any) -> list[str]:
+    sagemaker = deployed.cloud.client("sagemaker")
+    found = [one["TrainingJobName"] for one in sagemaker.list_training_jobs(StatusEquals="InProgress")["TrainingJobSummaries"]]
+    found += [
+        one["ProcessingJobName"] for one in sagemaker.list_processing_jobs(StatusEquals="InProgress")["ProcessingJobSummaries"]
+    ]
+    listed = sagemaker.list_hyper_parameter_tuning_jobs(StatusEquals="InProgress")["HyperParameterTuningJobSummaries"]
+    return found + [one["HyperParameterTuningJobName"] for one in listed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["throttling", "internal error"])
+def test_a_run_in_which_the_first_call_of_each_kind_fails_recovers(finished, deployed, digits, landed: Landed, name: str):
+    """Of the machine, of every job and of the Lambdas: the first call of each kind that each role makes."""
+    rules = Rules(deployed.cloud.root)
+    kinds = {(kind_of(call), role) for call, role in rules.calls() if role.startswith("ImageClassifier") and "Predict" not in role}
+    # SageMaker itself writes a job's log, and the API's own Lambdas serve the load.
+    kinds = {(kind, role) for kind, role in kinds if not kind.startswith("logs:") and not re.search("Authoriz|Api|Build", role)}
+    assert len(kinds) > 20
+    rules.set(*({**fault_of(kind, role, name), "call": f"^{re.escape(kind)}( |$)"} for kind, role in sorted(kinds)))
+    before = rules.obeyed()
+    try:
+        with load(deployed, digits) as seen:
+            _, ended = deployed.execute({})
+    finally:
+        rules.set()
+    landed(rules.obeyed() - before)
+    assert ended["status"] == "SUCCEEDED", ended.get("cause")
+    assert State(deployed).problems() == []
+    assert set(seen) == {200}, seen
+    assert running(deployed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["CreateProcessingJob", "CreateHyperParameterTuningJob", "CreateTrainingJob"])
+def test_a_job_whose_start_was_never_heard_of_does_not_run_on(finished, deployed, landed: Landed, operation: str):
+    rules = Rules(deployed.cloud.root)
+    before = rules.obeyed()
+    rules.set({"call": f"^sagemaker:{operation}$", "caller": "StateMachine", **FAULTS["lost answer"]})
+    try:
+        _, ended = deployed.execute({})
+    finally:
+        rules.set()
+    landed(rules.obeyed() - before)
+    assert ended["status"] == "SUCCEEDED", ended.get("cause")
+    deadline = time.monotonic() + 30
+    while running(deployed) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert running(deployed) == []
+    assert State(deployed).problems() == []
