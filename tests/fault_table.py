@@ -118,4 +118,6 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         result = "passed" if set(results) == {"passed"} else ", ".join(f"{n} {name}" for name, n in results.items()) or "not run"
         injections, seconds = sum(one["injections"] for one in mine), sum(one["seconds"] for one in mine)
         lines.append(f"| {number} | {injected} | {holds} | {injections:,} | {len(mine)} | {result} | {seconds:,.0f} |")
-    return "\n".join(lines) + "\n"
+    fuzzed = {kind: sum(one["injections"] for one in outcomes.values() if one["row"] == kind) for kind in ("pictures", "inputs")}
+    told = " and ".join(f"{number:,} {kind}" for kind, number in fuzzed.items())
+    return "\n".join([*lines, "", f"Fuzzed beside these: {told} of the state machine."]) + "\n"

@@ -123,12 +123,12 @@ def fuzz(seconds: float, landed: Landed) -> None:
     print(f"pictures={tried}")
 
 
-@pytest.mark.fault(10)
+@pytest.mark.fault("pictures")
 def test_mutated_pictures_are_read_or_refused(landed: Landed):
     fuzz(8, landed)
 
 
-@pytest.mark.fault(10)
+@pytest.mark.fault("pictures")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_mutated_pictures_are_read_or_refused_for_five_minutes(landed: Landed):
@@ -213,12 +213,12 @@ def fuzz_inputs(examples: int, landed: Landed) -> None:
     print(f"inputs={tried}")
 
 
-@pytest.mark.fault(6)
+@pytest.mark.fault("inputs")
 def test_any_input_ends_in_a_sentence(landed: Landed):
     fuzz_inputs(60, landed)
 
 
-@pytest.mark.fault(6)
+@pytest.mark.fault("inputs")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_any_input_ends_in_a_sentence_for_five_minutes(landed: Landed):
