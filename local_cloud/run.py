@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -165,6 +165,17 @@ def cloud(port: int, root: Path, console: Console) -> Iterator[Path]:
             _wait_until_up(child, port, log)
             console.print(f"Local cloud: http://localhost:{port}")
             yield root
+        except RunError:
+            raise
+        except Exception as error:
+            # Whoever calls a cloud that has died hears of a refused connection, which says little.
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+            if child.returncode is None:
+                raise
+            raise RunError(
+                f"the local cloud ended (exit code {child.returncode}); run it again. Its last lines:\n{_tail(log)}"
+            ) from error
         finally:
             child.terminate()
             try:
@@ -186,8 +197,11 @@ def _wait_until_up(child: subprocess.Popen[bytes], port: int, log: Path) -> None
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-    raise RunError(f"the local cloud did not start within {START_TIMEOUT_S} s:\n{tail}")
+    raise RunError(f"the local cloud did not start within {START_TIMEOUT_S} s:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-5:]) if log.exists() else ""
 
 
 def cdk_environment(port: int, root: Path) -> dict[str, str]:
