@@ -66,6 +66,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-faults", action="store_true", help="keep the outcomes, and write docs/faults.md from them")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults come last: the other tests of a deployment begin with one that has no model yet."""
+    items.sort(key=lambda item: "faults" in item.path.parts)
+
+
 @pytest.fixture
 def landed(request: pytest.FixtureRequest) -> Landed:
     """Counts injections of the test's row: call it once a fault was seen to be there."""
