@@ -332,7 +332,10 @@ class AwsTask(StateTaskService):  # type: ignore[misc]
             raise _failure(env, self, "States.Runtime", f"{self.resource.resource_arn} is not emulated; see local_cloud/README.md")
         shape = client.meta.service_model.operation_model(job.result_of).output_shape
         while env.is_running():
-            described = job.describe(client, request, started)
+            described = _described(job, client, request, started)
+            if described is None:
+                time.sleep(POLL_INTERVAL_S)
+                continue
             status = job.status(described)
             if status in job.succeeded:
                 return described, shape
@@ -349,6 +352,17 @@ class AwsTask(StateTaskService):  # type: ignore[misc]
         if response.get("FunctionError"):
             raise _failure(env, self, str((payload or {}).get("errorType", "Lambda.Unknown")), json.dumps(payload))
         return {**to_result({k: v for k, v in response.items() if k != "Payload"}, shape), "Payload": payload}
+
+
+def _described(job: SyncJob, client: Any, request: dict[str, Any], started: dict[str, Any]) -> dict[str, Any] | None:
+    """The job, or None when its service is busy: Step Functions asks again, a job is not lost for it."""
+    try:
+        return job.describe(client, request, started)
+    except ClientError as error:
+        busy = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500 or "Throttl" in error.response["Error"]["Code"]
+        if not busy:
+            raise
+        return None
 
 
 _BOTO_NAMES = {

@@ -265,3 +265,14 @@ def test_a_lambda_answers_with_its_payload_and_its_errors_keep_their_type():
 def test_a_service_that_is_not_emulated_is_refused_by_name():
     with pytest.raises(ValueError, match="glue"):
         interpreter._task_for("glue")
+
+
+@pytest.mark.parametrize("code", ["ThrottlingException", "InternalFailure"])
+def test_a_job_whose_service_is_busy_is_asked_for_again(code: str):
+    busy = ClientError({"Error": {"Code": code, "Message": "x"}, "ResponseMetadata": {"HTTPStatusCode": 500}}, "x")
+    execution, calls = run(
+        {"A": task("sagemaker:createProcessingJob.sync", PROCESSING)},
+        {"create_processing_job": {}, "describe_processing_job": [busy, busy, {"ProcessingJobStatus": "Completed"}]},
+    )
+    assert execution.exec_status == "SUCCEEDED"
+    assert [name for name, _ in calls].count("describe_processing_job") == 3
