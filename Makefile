@@ -71,7 +71,7 @@ test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
 
 faults: $(VENV)/.test $(CLI)  ## the fault tests alone, slow ones too (an hour), and docs/faults.md made from them
-	@rm -f build/faults.json && $(VENV)/bin/python -m pytest tests/faults --write-faults
+	@$(VENV)/bin/python -m pytest tests/faults --write-faults
 
 audit: $(UV)  ## known vulnerabilities of every locked package (asks PyPI and npm)
 	@for list in requirements.txt model_code/requirements.txt model_code/requirements-server.txt model_code/requirements-server-gpu.txt; do \
@@ -81,7 +81,7 @@ audit: $(UV)  ## known vulnerabilities of every locked package (asks PyPI and np
 verify: $(VENV)/.test $(CLI) .checkov/.done  ## every stage and configuration against all verifiers (a minute and a half); NAMES=dev prod for some
 	@$(VENV)/bin/python -m infra.verify $(NAMES)
 
-permissions: $(VENV)/.test $(CLI)  ## docs/permissions.md from the calls that stages make
+permissions: $(VENV)/.test $(CLI)  ## tables of docs/permissions.md and docs/architecture.md from the templates
 	@$(VENV)/bin/python -m infra.verify.table --write
 
 bench: bench-preparation bench-training bench-observability bench-serving  ## all benchmarks, and the tables of the documents made from them

@@ -58,3 +58,8 @@ def test_the_table_of_permissions_is_the_one_that_the_calls_make(deployments: di
 
     written = table.PAGE.read_text()
     assert plain(table.page(written, deployments)) == plain(written), "run make permissions"
+
+
+def test_the_table_of_resources_is_the_one_of_the_templates(deployments: dict[str, Deployment]):
+    written = table.ARCHITECTURE.read_text()
+    assert table.architecture(written, deployments) == written, "run make permissions"
