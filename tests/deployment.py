@@ -1,4 +1,4 @@
-"""One deployment and one execution of the whole state machine, shared by all tests that need them."""
+"""One deployment and one execution of the whole state machine, shared by all tests that need them; what an account holds."""
 
 from __future__ import annotations
 
@@ -73,6 +73,39 @@ class Deployment:
         """Calls that IAM has refused so far."""
         path = self.cloud.root / "denied.jsonl"
         return path.read_text().splitlines() if path.exists() else []
+
+
+class Account:
+    """What an account holds, by the name of a stage."""
+
+    def __init__(self, cloud: Any) -> None:
+        self.cloud = cloud
+
+    def stacks(self) -> set[str]:
+        found = self.cloud.client("cloudformation").describe_stacks()["Stacks"]
+        return {one["StackName"] for one in found if not one["StackStatus"].startswith("DELETE_COMPLETE")}
+
+    def holds(self, prefix: str) -> dict[str, list[str]]:
+        """Kind -> names of everything that belongs to a stage and costs money or holds data."""
+        client = self.cloud.client
+        sagemaker, logs, iam = client("sagemaker"), client("logs"), client("iam")
+        found = {
+            "endpoint": [one["EndpointName"] for one in sagemaker.list_endpoints()["Endpoints"]],
+            "endpoint config": [one["EndpointConfigName"] for one in sagemaker.list_endpoint_configs()["EndpointConfigs"]],
+            "model": [one["ModelName"] for one in sagemaker.list_models()["Models"]],
+            "bucket": [one["Name"] for one in client("s3").list_buckets()["Buckets"]],
+            "function": [one["FunctionName"] for one in client("lambda").list_functions()["Functions"]],
+            "state machine": [one["name"] for one in client("stepfunctions").list_state_machines()["stateMachines"]],
+            "repository": [one["repositoryName"] for one in client("ecr").describe_repositories()["repositories"]],
+            "log group": [one["logGroupName"] for one in logs.describe_log_groups()["logGroups"]],
+            "secret": [one["Name"] for one in client("secretsmanager").list_secrets()["SecretList"]],
+            "topic": [one["TopicArn"] for one in client("sns").list_topics()["Topics"]],
+            "alarm": [one["AlarmName"] for one in client("cloudwatch").describe_alarms()["MetricAlarms"]],
+            "API": [one["name"] for one in client("apigateway").get_rest_apis()["items"]],
+            "role": [one["RoleName"] for one in iam.list_roles()["Roles"]],
+        }
+        marks = (prefix, f"ImageClassifier-{prefix}", f"imageclassifier-{prefix}")
+        return {kind: mine for kind, names in found.items() if (mine := sorted(n for n in names if any(m in n for m in marks)))}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_conformance import SUPPORTED
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEXT = (PROJECT / ".github/workflows/deploy.yml").read_text()
@@ -46,6 +47,7 @@ def test_no_key_is_kept_and_only_jobs_that_speak_to_aws_may_ask_for_one():
 
 def test_pull_requests_read_and_main_deploys_after_the_tests():
     assert commands("test") == ["make check", "make test"]
+    assert JOBS["test"]["strategy"]["matrix"]["python"] == list(SUPPORTED)
     assert JOBS["diff"]["needs"] == JOBS["deploy"]["needs"] == "test"
     assert "AWS_DIFF_ROLE" in json.dumps(JOBS["diff"])
     assert "AWS_DEPLOY_ROLE" not in json.dumps(JOBS["diff"])

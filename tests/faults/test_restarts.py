@@ -20,8 +20,6 @@ from fault_table import Landed
 
 from local_cloud.run import PROJECT
 
-pytestmark = [pytest.mark.fault(3), pytest.mark.pipeline, pytest.mark.slow, pytest.mark.timeout(3600)]
-
 STATES = [
     "PrepareData", "ReadPrepared", "Tune", "Train", "Evaluate", "ReadEvaluation", "Report", "FindServerImage", "BuildServer",
     "Register", "CreateModel", "CreateEndpointConfig", "FindEndpoint", "CreateEndpoint", "CheckEndpoint", "SmokeTest",
@@ -30,6 +28,9 @@ STATES = [
 """States of a run that do something, in their order."""
 SAMPLE = int(os.environ.get("RESTARTS", "6"))
 """How many of them a run of the tests takes; a kill at each (RESTARTS=19) takes half an hour."""
+MAX_RUN_S = 900
+"""A run that nobody disturbs takes two minutes, on a slow machine ten."""
+pytestmark = [pytest.mark.fault(3), pytest.mark.pipeline, pytest.mark.slow, pytest.mark.timeout((SAMPLE + 2) * MAX_RUN_S)]
 
 
 class Run:
@@ -46,7 +47,7 @@ class Run:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=out)
 
     def reaches(self, state: str) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + MAX_RUN_S
         while f"▸ {state}\n" not in self.out.read_text():
             assert self.process.poll() is None, self.out.read_text()[-2000:]
             assert time.monotonic() < deadline, f"{state} was not reached"
@@ -88,7 +89,7 @@ class Run:
 
 def ended_well(run: Run) -> dict[str, object]:
     """The last line of a run that nobody disturbed."""
-    assert run.process.wait(600) == 0, run.out.read_text()[-3000:]
+    assert run.process.wait(MAX_RUN_S) == 0, run.out.read_text()[-3000:]
     return dict(json.loads(run.out.read_text().strip().splitlines()[-1]))
 
 
