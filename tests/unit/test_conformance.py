@@ -42,6 +42,17 @@ for folder in pathlib.Path("lambdas").iterdir():
         importlib.import_module(path.stem)
     sys.path.remove(str(folder))
 """
+IMPORT_ALL = """
+import importlib, pathlib, sys
+sys.path[:0] = [".", "model_code"]
+for folder in ("infra", "local_cloud", "model_code"):
+    root = pathlib.Path("." if folder != "model_code" else folder)
+    for path in sorted(pathlib.Path(folder).rglob("*.py")):
+        if path.name != "__main__.py":
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            importlib.import_module(name)
+import smdebug.pytorch
+"""
 READ_ONLY = """
 set -e
 mount --bind "$1" "$1"
@@ -85,6 +96,17 @@ def test_the_lambdas_are_imported_by_their_runtime_with_what_it_brings(tmp_path:
     clean = {"PATH": os.environ["PATH"], "AWS_DEFAULT_REGION": "us-east-1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([interpreter, "-W", "error", "-c", IMPORT], cwd=PROJECT, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_what_make_run_installs_is_imported_by_every_supported_python(tmp_path: Path, version: str):
+    """The locked packages of ``make run``, in an environment of their own, and every module of ours that runs there."""
+    clean = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | {"UV_PROJECT_ENVIRONMENT": str(tmp_path)}
+    subprocess.run([UV, "sync", "--quiet", "--frozen", "--python", python(version)], cwd=PROJECT, env=clean, check=True)
+    command = [tmp_path / "bin" / "python", "-c", IMPORT_ALL]
+    done = subprocess.run(command, cwd=PROJECT, env={**clean, "STATE_DIR": str(tmp_path / "state")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class Image:
