@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from local_cloud.dockerfile import parse
 PROJECT = MODEL_CODE.parent
 SUPPORTED = ("3.11", "3.12", "3.13")
 LAMBDAS = str(RUNTIME.name).removeprefix("python")
+DEPLOYMENT = (PROJECT / "docs" / "deployment.md").read_text()
 UV = str(Path(sys.executable).parent / "uv")
 
 COMPILE = """
@@ -87,6 +89,17 @@ def test_every_supported_python_compiles_the_source_without_a_warning(version: s
     assert len(files) > 60
     done = subprocess.run([python(version), "-c", COMPILE, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_package_of_the_jobs_comes_as_a_wheel():
+    """Nothing is compiled in a job, and docs/deployment.md's ``pip download --only-binary=:all:`` finds all of them."""
+    (version,) = re.findall(r"--python-version (\S+) --only-binary=:all: -r model_code/requirements.txt", DEPLOYMENT)
+    usable = re.compile(rf"(py3-none-any|(cp{version.replace('.', '')}|abi3)-manylinux.*x86_64.*)\.whl$")
+    locked = tomllib.loads((PROJECT / "uv.lock").read_text())["package"]
+    wheels = {package["name"]: [wheel["url"] for wheel in package.get("wheels", [])] for package in locked}
+    names = re.findall(r"^([\w.-]+)==", (MODEL_CODE / "requirements.txt").read_text(), re.MULTILINE)
+    assert {"smdebug", "onnxruntime", "openvino"} <= set(names)
+    assert [name for name in names if not any(usable.search(url) for url in wheels[name])] == []
 
 
 @pytest.mark.slow
