@@ -225,14 +225,22 @@ def train_one_epoch(
         after_step()
     loss, right, seen = distributed.total(position.sums.clone()).tolist()
     mean = loss / max(seen, 1)
-    if not math.isfinite(mean):
-        raise UserError(f"the loss became {mean} in epoch {position.epoch + 1}: lower learning_rate, or set precision to fp32")
+    _check_finite(mean, f"in epoch {position.epoch + 1}")
     return Result(mean, right / max(seen, 1), time.monotonic() - started, int(seen))
+
+
+def _check_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss} {where}: lower learning_rate, or set precision to fp32")
 
 
 @torch.inference_mode()
 def evaluate(trainer: Trainer, batches: Batches, *, observer: Observer) -> Result:
-    """Mean cross-entropy (without smoothing) and top1 over all of ``batches``. Raises UserError when examples are missing."""
+    """Mean cross-entropy (without smoothing) and top1 over all of ``batches``.
+
+    Raises UserError when examples are missing, or when the loss is not finite: a network can diverge in its running statistics
+    alone, which training itself does not use.
+    """
     network = trainer.judged.eval()
     observer.mode("eval")
     started = time.monotonic()
@@ -247,4 +255,5 @@ def evaluate(trainer: Trainer, batches: Batches, *, observer: Observer) -> Resul
     loss, right, seen = distributed.total(sums).tolist()
     if seen != batches.num_examples:
         raise UserError(f"evaluated {seen:.0f} examples, the split has {batches.num_examples}: prepare the data set again")
+    _check_finite(loss / seen, "on the split that judges")
     return Result(loss / seen, right / seen, time.monotonic() - started, int(seen))

@@ -158,6 +158,17 @@ def test_batches_go_where_the_weights_are():
             engine.evaluate(trainer, Two(), observer=engine.Silent())
 
 
+def test_a_network_that_diverged_in_its_running_statistics_alone_is_refused(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SM_CHANNEL_DATASET", str(dataset))
+    setup = training.prepare_run(config())
+    trainer = training.Run.begin(setup).trainer
+    engine.evaluate(trainer, setup.valid, observer=engine.Silent())
+    first = next(layer for layer in trainer.network.modules() if isinstance(layer, nn.BatchNorm2d))
+    first.running_mean.fill_(float("nan"))
+    with pytest.raises(training.UserError, match="the loss became nan on the split that judges: lower learning_rate"):
+        engine.evaluate(trainer, setup.valid, observer=engine.Silent())
+
+
 # --- what users get wrong ----------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +195,7 @@ def test_half_precision_needs_a_gpu():
             ["--recipe", "finetune", "--pretrained", "channel", "--backbone", "mobilenet_v2"],
             "they are of resnet18: set backbone to that",
         ),
-        (["--learning_rate", "10", "--epochs", "3", "--batch_size", "4", "--warmup_epochs", "0"], "the loss became"),
+        (["--learning_rate", "10", "--epochs", "10", "--batch_size", "4", "--warmup_epochs", "0"], "the loss became"),
     ],
     ids=["rate", "backbone", "batch", "weights", "diverged"],
 )
