@@ -108,6 +108,9 @@ def accept_on_destroy(scope: IConstruct, *, config: StageConfig) -> None:
     accept(scope, "IAM5", "List calls know no resource; deletions are limited to this stage's names.", ["Resource::*"])
     execution = _ARN.format("states", f"execution:{config.prefix}:*")
     accept(scope, "IAM5", "Executions of exactly this state machine.", [f"Resource::{execution}"])
+    if config.destroys_data:
+        group = _ARN.format("logs", f"log-group:/aws/sagemaker/Endpoints/{config.prefix}:*")
+        accept(scope, "IAM5", "Log groups are written so in policies: the endpoint's own.", [f"Resource::{group}"])
 
 
 def accept_for_scaling(scopes: list[IConstruct], *, config: StageConfig) -> None:

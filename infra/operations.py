@@ -409,7 +409,7 @@ def stop_scaling(function: Function, prefix: str) -> None:
 
 
 class OnDestroy(Construct):
-    """On ``cdk destroy``: running executions stop, and the endpoint, configurations, models and packages go.
+    """On ``cdk destroy``: running executions stop, and the endpoint with its log, configurations, models and packages go.
 
     CloudFormation does not know them, and an endpoint left behind costs money.
     """
@@ -440,6 +440,8 @@ class OnDestroy(Construct):
         )
         if config.destroys_data:
             function.allow(["sagemaker:DeleteModelPackage"], [sagemaker_arn(f"model-package/{prefix}/*")])
+            group = f"log-group:/aws/sagemaker/Endpoints/{prefix}:*"
+            function.allow(["logs:DeleteLogGroup"], [f"arn:{Aws.PARTITION}:logs:{Aws.REGION}:{Aws.ACCOUNT_ID}:{group}"])
         endpoint = sagemaker_arn(f"endpoint/{prefix}")
         function.allow(["sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint"], [endpoint])
         function.allow(["sagemaker:DeleteEndpointConfig"], sagemaker_arns(prefix, ["endpoint-config"]))
@@ -457,7 +459,7 @@ class OnDestroy(Construct):
             properties={
                 "Prefix": prefix,
                 "StateMachineArn": machine.state_machine_arn,
-                "DeletePackages": "true" if config.destroys_data else "false",
+                "DeleteData": "true" if config.destroys_data else "false",
             },
         )
         # On deletion the policy must still be there when the function runs.

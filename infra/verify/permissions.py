@@ -569,8 +569,8 @@ class _Needs:
                     continue
                 if module == "clean_up" and handler != "clean_up.handle":
                     continue  # the others take one small function from there, which calls nothing
-                if operation in _PACKAGES and not self.config.destroys_data:
-                    continue  # a stage that keeps its data keeps its packages
+                if operation in _DATA and not self.config.destroys_data:
+                    continue  # a stage that keeps its data keeps its packages and its endpoint's log
                 self._call(role, handler, service, operation, variables)
         if handler == "smoke_test.handle" and variables.get("AUTH") == "iam":
             (api,) = self.deployment.of_type("AWS::ApiGateway::RestApi")
@@ -622,6 +622,8 @@ class _Needs:
                 self.add(role, [action], [f"{execution}wake-*"], handler)
             case "stepfunctions", "StopExecution":
                 self.add(role, [action], [f"{execution}*"], handler)
+            case "logs", "DeleteLogGroup":
+                self.add(role, [action], [self.arn("logs", f"log-group:/aws/sagemaker/Endpoints/{self.prefix}:*")], handler)
             case "application-autoscaling", _:
                 pass  # see _ends_scaling
             case "ecr", _:
@@ -692,7 +694,7 @@ _LAMBDA_KEYS = {
     "handler.handle": ("champion.json", "models/*/labels.json"),
     "smoke_test.handle": ("models/*/smoke/*",),
 }
-_PACKAGES = ("ListModelPackages", "DeleteModelPackage")
+_DATA = ("ListModelPackages", "DeleteModelPackage", "DeleteLogGroup")
 # (module, operation) -> (environment variable, the values with which the call is made).
 _ONLY_IF: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("waking", ""): ("WAKES", ("true",)),

@@ -34,7 +34,7 @@ def handle(event: dict[str, Any], context: Any) -> None:
 
 
 def remove_all(properties: dict[str, str]) -> None:
-    """Stop running executions; then the endpoint, configurations, models, and packages unless they are to be kept."""
+    """Stop running executions; then the endpoint, configurations and models; packages and logs unless data are to be kept."""
     prefix = properties["Prefix"]
     deadline = time.monotonic() + DEADLINE_S
     stop_executions(boto3.client("stepfunctions"), properties["StateMachineArn"], deadline)
@@ -44,9 +44,11 @@ def remove_all(properties: dict[str, str]) -> None:
         _ignore_missing(client.delete_endpoint_config, EndpointConfigName=name)
     for name in _names(client, "list_models", "Models", "ModelName", prefix):
         _ignore_missing(client.delete_model, ModelName=name)
-    if properties.get("DeletePackages") == "true":
+    if properties.get("DeleteData") == "true":
         for arn in _packages(client, prefix):
             _ignore_missing(client.delete_model_package, ModelPackageName=arn)
+        # SageMaker makes it with the endpoint and keeps it for ever; the groups of its jobs belong to the whole account.
+        _ignore_missing(boto3.client("logs").delete_log_group, logGroupName=f"/aws/sagemaker/Endpoints/{prefix}")
 
 
 def stop_executions(client: Any, machine: str, deadline: float) -> None:

@@ -273,12 +273,13 @@ def test_what_is_no_executions_digits_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPatch):
-    sagemaker, states = client("sagemaker"), client("stepfunctions")
-    stubbed(monkeypatch, sagemaker=sagemaker, stepfunctions=states)
+    sagemaker, states, logs = client("sagemaker"), client("stepfunctions"), client("logs")
+    stubbed(monkeypatch, sagemaker=sagemaker, stepfunctions=states, logs=logs)
     answered: list[dict[str, Any]] = []
     monkeypatch.setattr(on_destroy, "_respond", lambda event, status, reason: answered.append({"status": status, "reason": reason}))
-    with Stubber(sagemaker) as stub, Stubber(states) as machine:
+    with Stubber(sagemaker) as stub, Stubber(states) as machine, Stubber(logs) as groups:
         machine.add_response("list_executions", {"executions": []})
+        groups.add_response("delete_log_group", {}, {"logGroupName": "/aws/sagemaker/Endpoints/dogs-dev"})
         stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
         digits = "0123456789abcdef"
         names = [f"dogs-dev-{digits}", f"other-dogs-dev-{digits}", f"dogs-dev-b-{digits}", "dogs-dev-by-hand"]
@@ -287,9 +288,10 @@ def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPat
         stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": names[0]})
         stub.add_response("list_models", {"Models": []})
         stub.add_client_error("list_model_packages", "ValidationException", "Model package group does not exist.")
-        properties = {"Prefix": "dogs-dev", "StateMachineArn": "arn:machine", "DeletePackages": "true"}
+        properties = {"Prefix": "dogs-dev", "StateMachineArn": "arn:machine", "DeleteData": "true"}
         on_destroy.handle({"RequestType": "Delete", "ResourceProperties": properties}, None)
         stub.assert_no_pending_responses()
+        groups.assert_no_pending_responses()
     assert answered == [{"status": "SUCCESS", "reason": ""}]
 
 
