@@ -323,11 +323,11 @@ def _searchable() -> str:
         f"$count($filter($append([], $keys($one)), {unknown})) > 0 ? false : "
         # A comparison with something missing is false in JSONata, unequal included: hence $not.
         "$not($type($one.min) = 'number') ? false : $not($type($one.max) = 'number') ? false : $one.min >= $one.max ? false : "
-        "($scale := $exists($one.scale) ? $one.scale : 'Auto'; $whole := $exists($one.integer) ? $one.integer : false; "
-        f"$not($scale in {json.dumps(SCALES)}) ? false : $type($whole) != 'boolean' ? false : "
+        "($scale := $exists($one.scale) ? $one.scale : 'Auto'; $integer := $exists($one.integer) ? $one.integer : false; "
+        f"$not($scale in {json.dumps(SCALES)}) ? false : $type($integer) != 'boolean' ? false : "
         "$scale = 'Logarithmic' and $one.min <= 0 ? false : "
-        "$scale = 'ReverseLogarithmic' and ($whole or $one.min < 0 or $one.max >= 1) ? false : "
-        "$whole ? ($one.min = $floor($one.min) and $one.max = $floor($one.max)) : true))"
+        "$scale = 'ReverseLogarithmic' and ($integer or $one.min < 0 or $one.max >= 1) ? false : "
+        "$integer ? ($one.min = $floor($one.min) and $one.max = $floor($one.max)) : true))"
     )
 
 

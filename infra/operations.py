@@ -440,8 +440,9 @@ class OnDestroy(Construct):
         )
         if config.destroys_data:
             function.allow(["sagemaker:DeleteModelPackage"], [sagemaker_arn(f"model-package/{prefix}/*")])
-            group = f"log-group:/aws/sagemaker/Endpoints/{prefix}:*"
-            function.allow(["logs:DeleteLogGroup"], [f"arn:{Aws.PARTITION}:logs:{Aws.REGION}:{Aws.ACCOUNT_ID}:{group}"])
+            group = f"arn:{Aws.PARTITION}:logs:{Aws.REGION}:{Aws.ACCOUNT_ID}:log-group:/aws/sagemaker/Endpoints/{prefix}"
+            # AWS's pages write it both ways: the service's guide with the colon, the authorization reference without.
+            function.allow(["logs:DeleteLogGroup"], [group, f"{group}:*"])
         endpoint = sagemaker_arn(f"endpoint/{prefix}")
         function.allow(["sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint"], [endpoint])
         function.allow(["sagemaker:DeleteEndpointConfig"], sagemaker_arns(prefix, ["endpoint-config"]))

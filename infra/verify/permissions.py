@@ -623,7 +623,8 @@ class _Needs:
             case "stepfunctions", "StopExecution":
                 self.add(role, [action], [f"{execution}*"], handler)
             case "logs", "DeleteLogGroup":
-                self.add(role, [action], [self.arn("logs", f"log-group:/aws/sagemaker/Endpoints/{self.prefix}:*")], handler)
+                group = self.arn("logs", f"log-group:/aws/sagemaker/Endpoints/{self.prefix}")
+                self.add(role, [action], [group, f"{group}:*"], handler)
             case "application-autoscaling", _:
                 pass  # see _ends_scaling
             case "ecr", _:

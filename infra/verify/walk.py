@@ -238,9 +238,12 @@ class Account:
 
     def on_tune(self, request: Json) -> Any:
         best = {"learning_rate": "0.0421", "batch_size": "128", "_tuning_objective_metric": "valid:best_top1"}
+        # The best of a search that this one continues may lack a value, or tell one that the training does not know.
+        earlier = {"learning_rate": "0.0123", "value_of_another_search": "1"}
         return {
             "HyperParameterTuningJobName": request["HyperParameterTuningJobName"],
             "BestTrainingJob": {"TunedHyperParameters": best},
+            "OverallBestTrainingJob": {"TunedHyperParameters": earlier},
         }
 
     def on_train(self, request: Json) -> Any:

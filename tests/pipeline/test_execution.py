@@ -189,7 +189,7 @@ def test_the_labels_and_the_health_are_served(finished, deployed):
     assert (status, document["openapi"][:3]) == (200, "3.1")
 
 
-def test_the_build_writes_to_the_log_group_of_the_stack(deployed: Deployment, finished: Finished):
+def test_the_build_writes_to_the_log_group_of_the_stack(deployed, finished):
     """``cdk destroy`` removes that one, and CodeBuild's own choice would stay."""
     (project,) = deployed.cloud.client("codebuild").batch_get_projects(names=["dogs-local-server"])["projects"]
     logs = deployed.cloud.client("logs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,13 +178,15 @@ def test_branches_that_nothing_reaches_are_explained(deployments: dict[str, Depl
 # --- mutations -------------------------------------------------------------------------------------------------------------
 
 UNSEEN: dict[str, str] = {
-    "Catch.0.Assign.polls": "the next choice ends the wait whatever the count is",
-    "Assign.endpoint.instances": "a number stands for a number; what it decides is the load's, not the definition's",
-    "Assign.champion_top1": "a number stands for a number: it is what the execution tells, and nothing decides by it",
-    "Assign.epochs": "a number of epochs stands for a number of epochs",
-    "Assign.dataset.dataset_hash": "a place for runs that fail early; nothing reads it before it is filled",
+    r"Catch\.0\.Assign\.polls": "the next choice ends the wait whatever the count is",
+    r"CheckCurrent\.Assign\.polls": "one look before the earlier configuration comes back; that wait counts anew",
+    r"Assign\.endpoint\.instances": "a number stands for a number; what it decides is the load's, not the definition's",
+    r"Assign\.champion_top1": "a number stands for a number: it is what the execution tells, and nothing decides by it",
+    r"Assign\.epochs": "a number of epochs stands for a number of epochs",
+    r"Assign\.dataset\.dataset_hash": "a place for runs that fail early; nothing reads it before it is filled",
+    r"Tune\.Assign\.best value@\d+": "the name of a parameter that nobody reads: `$sift` gives it before the one that is read",
 }
-"""End of a mutant's place -> why nobody can see the difference. These are the misses that docs/verification.md explains."""
+"""End of a mutant's place, as a pattern -> why nobody can see the difference; docs/verification.md explains the misses."""
 
 
 def caught(deployment: Deployment, name: str, mutant: mutations.Mutant) -> bool:
@@ -203,7 +206,7 @@ def test_mechanical_faults_in_the_definition_are_caught(
     seed = random.randrange(2**32)
     chosen = random.Random(seed).sample(made, count) if count else made
     missed = [mutant.where for mutant in chosen if not caught(deployment, name, mutant)]
-    unexplained = [where for where in missed if not where.endswith(tuple(UNSEEN))]
+    unexplained = [where for where in missed if not re.search(f"({'|'.join(UNSEEN)})$", where)]
     record_property("mutants", f"{kind}: {len(chosen) - len(missed)} of {len(chosen)} caught")
     print(f"{kind}: {len(chosen) - len(missed)} of {len(chosen)} caught, seed {seed}; missed: {missed}")
     assert unexplained == []
