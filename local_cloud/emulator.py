@@ -249,6 +249,8 @@ def correct_build_logs() -> None:
         codebuild._projects[made[0]]["logsConfig"] = provisioners._codebuild_cfn_to_api(given.get("LogsConfig", {}))
         return made
 
+    shape = codebuild._project_shape
+    codebuild._project_shape = lambda project: {**shape(project), "logsConfig": project.get("logsConfig", {})}
     handlers["create"] = lambda logical_id, given, stack: logged(create(logical_id, given, stack), given)
     handlers["update"] = lambda physical_id, old, new, stack: logged(update(physical_id, old, new, stack), new)
 
