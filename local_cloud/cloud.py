@@ -72,7 +72,6 @@ class LocalCloud:
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
         emulator.correct_bucket_tags()
-        emulator.correct_build_logs()
         emulator.count_embedded_metrics()
         emulator.correct_alarms()
         emulator.record_decisions(lambda found: self._note("decisions", found))

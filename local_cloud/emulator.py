@@ -237,24 +237,6 @@ def correct_bucket_tags() -> None:
     handlers["update"] = lambda physical_id, old, new, stack: tagged(update(physical_id, old, new, stack), new)
 
 
-def correct_build_logs() -> None:
-    """A template's log group reaches its CodeBuild project (ministack: it does not, and builds write to the default one)."""
-    from ministack.services import codebuild
-    from ministack.services.cloudformation import provisioners
-
-    handlers = provisioners._RESOURCE_HANDLERS["AWS::CodeBuild::Project"]
-    create, update = handlers["create"], handlers["update"]
-
-    def logged(made: tuple[str, dict[str, Any]], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        codebuild._projects[made[0]]["logsConfig"] = provisioners._codebuild_cfn_to_api(given.get("LogsConfig", {}))
-        return made
-
-    shape = codebuild._project_shape
-    codebuild._project_shape = lambda project: {**shape(project), "logsConfig": project.get("logsConfig", {})}
-    handlers["create"] = lambda logical_id, given, stack: logged(create(logical_id, given, stack), given)
-    handlers["update"] = lambda physical_id, old, new, stack: logged(update(physical_id, old, new, stack), new)
-
-
 def count_embedded_metrics() -> None:
     """Metrics that a Lambda writes into its log in CloudWatch's embedded metric format become metrics, as AWS makes them.
 

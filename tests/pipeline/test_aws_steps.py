@@ -171,7 +171,10 @@ def test_somebody_who_follows_the_readme_meets_no_other_step(
     for command in destroy:
         terminal.run(command)
     assert account.stacks() <= before | {"CDKToolkit"}
-    assert {kind for kind in account.holds("dogs-dev") if kind != "role"} == set(), account.holds("dogs-dev")
+    # API Gateway's log role belongs to the account. ministack drops a project's LogsConfig, so that builds write to a group that
+    # on AWS nobody makes; the template's own group is gone.
+    left = [name for kind, names in account.holds("dogs-dev").items() if kind != "role" for name in names]
+    assert [name for name in left if name != "/aws/codebuild/dogs-dev-server"] == []
     told = [line for line in [*deploy, *destroy] if re.search(rf"^{re.escape(line)} +#.*asks: y$", README, re.MULTILINE)]
     assert terminal.asked == told, "the questions that the README says will be asked, and no others"
     print(json.dumps(terminal.seconds, indent=1))
