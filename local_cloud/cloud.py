@@ -72,6 +72,8 @@ class LocalCloud:
         _add_resource_types(self._sagemaker)
         emulator.correct_secrets()
         emulator.correct_bucket_tags()
+        emulator.correct_build_logs()
+        emulator.correct_log_group_arns()
         emulator.count_embedded_metrics()
         emulator.correct_alarms()
         emulator.record_decisions(lambda found: self._note("decisions", found))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import string
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
@@ -133,6 +135,24 @@ def record_decisions(write: Callable[[dict[str, str]], None]) -> None:
     iam_evaluator.evaluate = recorded
 
 
+def correct_log_group_arns() -> None:
+    """IAM is asked about a log group as AWS asks, with ``:*`` behind its name (ministack: without, which ``…:*`` does not allow).
+
+    https://docs.aws.amazon.com/AmazonCloudWatch/latest/logs/iam-access-control-overview-cwl.html: all actions but those of tags.
+    """
+    from ministack.core import iam_evaluator
+
+    decide = iam_evaluator.evaluate
+    group = re.compile(r"arn:aws:logs:[^:]+:\d+:log-group:[^:]+")
+
+    def named(context: Any, policies: Any, *limits: Any) -> Any:
+        if group.fullmatch(context.resource_arn) and "Tag" not in context.action:
+            context = replace(context, resource_arn=f"{context.resource_arn}:*")
+        return decide(context, policies, *limits)
+
+    iam_evaluator.evaluate = named
+
+
 def assume(role_arn: str, service: str, name: str) -> boto3.Session:
     """Credentials of a role as an AWS service assumes it: the trust policy must name ``service``, and its conditions hold.
 
@@ -235,6 +255,24 @@ def correct_bucket_tags() -> None:
 
     handlers["create"] = lambda logical_id, given, stack: tagged(create(logical_id, given, stack), given)
     handlers["update"] = lambda physical_id, old, new, stack: tagged(update(physical_id, old, new, stack), new)
+
+
+def correct_build_logs() -> None:
+    """A template's log group reaches its CodeBuild project (ministack: it does not, and builds write to the default one)."""
+    from ministack.services import codebuild
+    from ministack.services.cloudformation import provisioners
+
+    handlers = provisioners._RESOURCE_HANDLERS["AWS::CodeBuild::Project"]
+    create, update = handlers["create"], handlers["update"]
+
+    def logged(made: tuple[str, dict[str, Any]], given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        codebuild._projects[made[0]]["logsConfig"] = provisioners._codebuild_cfn_to_api(given.get("LogsConfig", {}))
+        return made
+
+    shape = codebuild._project_shape
+    codebuild._project_shape = lambda project: {**shape(project), "logsConfig": project.get("logsConfig", {})}
+    handlers["create"] = lambda logical_id, given, stack: logged(create(logical_id, given, stack), given)
+    handlers["update"] = lambda physical_id, old, new, stack: logged(update(physical_id, old, new, stack), new)
 
 
 def count_embedded_metrics() -> None:

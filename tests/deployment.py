@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -106,6 +107,21 @@ class Account:
         }
         marks = (prefix, f"ImageClassifier-{prefix}", f"imageclassifier-{prefix}")
         return {kind: mine for kind, names in found.items() if (mine := sorted(n for n in names if any(m in n for m in marks)))}
+
+    def runs(self) -> list[str]:
+        """Processes and files of jobs and endpoints: what a machine of AWS's would have and lose with its end."""
+        folders = [self.cloud.root / kind for kind in ("jobs", "endpoints")]
+        files = [str(path) for folder in folders for path in folder.rglob("*") if not path.is_dir()]
+        return [*files, *(f"{one.pid} {one.name()}" for one in psutil.process_iter() if _inside(one, folders))]
+
+
+def _inside(process: psutil.Process, folders: list[Path]) -> bool:
+    """Whether a process works in one of the folders: told by its command line or environment."""
+    try:
+        words = [*process.cmdline(), *process.environ().values()]
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+    return any(str(folder) in word for folder in folders for word in words)
 
 
 @pytest.fixture(scope="session")

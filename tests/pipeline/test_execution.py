@@ -187,3 +187,11 @@ def test_the_labels_and_the_health_are_served(finished, deployed):
     assert deployed.request("health")[0] == 200
     status, document = deployed.request("openapi.json")
     assert (status, document["openapi"][:3]) == (200, "3.1")
+
+
+def test_the_build_writes_to_the_log_group_of_the_stack(deployed, finished):
+    """``cdk destroy`` removes that one, and CodeBuild's own choice would stay."""
+    (project,) = deployed.cloud.client("codebuild").batch_get_projects(names=["dogs-local-server"])["projects"]
+    logs = deployed.cloud.client("logs")
+    assert logs.describe_log_streams(logGroupName=project["logsConfig"]["cloudWatchLogs"]["groupName"])["logStreams"]
+    assert logs.describe_log_groups(logGroupNamePrefix="/aws/codebuild/")["logGroups"] == []

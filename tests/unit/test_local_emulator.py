@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import is_dataclass
 
 import boto3
 import pytest
@@ -16,7 +17,7 @@ from local_cloud.service import ServiceError
 def test_the_names_of_ministack_are_where_we_use_them():
     from ministack.app import _request_account_scope
     from ministack.core import iam_evaluator, responses, router
-    from ministack.services import s3, sts
+    from ministack.services import codebuild, s3, sts
     from ministack.services.cloudformation import provisioners
 
     assert callable(_request_account_scope)
@@ -30,6 +31,11 @@ def test_the_names_of_ministack_are_where_we_use_them():
     assert {"create", "delete"} <= set(provisioners._RESOURCE_HANDLERS["AWS::ECR::Repository"])
     assert {"create", "update"} <= set(provisioners._RESOURCE_HANDLERS["AWS::S3::Bucket"])
     assert hasattr(s3, "_bucket_tags")
+    assert {"create", "update"} <= set(provisioners._RESOURCE_HANDLERS["AWS::CodeBuild::Project"])
+    assert callable(provisioners._codebuild_cfn_to_api)
+    assert callable(codebuild._project_shape)
+    assert hasattr(codebuild, "_projects")
+    assert is_dataclass(iam_evaluator.EvalContext)
     assert "AWS::SageMaker::ModelPackageGroup" not in provisioners._RESOURCE_HANDLERS
 
 
@@ -55,14 +61,19 @@ def test_a_service_assumes_only_roles_that_trust_it(policy, expected):
 @pytest.fixture
 def role(cloud):
     """A role whose policy allows to describe endpoints named ``mine`` and to pass no role; its session is returned."""
+    return session_with(
+        cloud,
+        Action=["sagemaker:DescribeEndpoint", "s3:ListBucket", "sagemaker:CreateModel"],
+        Resource=["arn:aws:sagemaker:*:*:endpoint/mine", "arn:aws:s3:::allowed", "arn:aws:sagemaker:*:*:model/*"],
+    )
+
+
+def session_with(cloud, **statement) -> boto3.Session:
+    """A session of a new role whose policy is this one statement."""
     iam, name = cloud.client("iam"), f"test-{uuid.uuid4().hex[:8]}"
     assume = {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"}
     made = iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [assume]}))
-    allow = {
-        "Effect": "Allow",
-        "Action": ["sagemaker:DescribeEndpoint", "s3:ListBucket", "sagemaker:CreateModel"],
-        "Resource": ["arn:aws:sagemaker:*:*:endpoint/mine", "arn:aws:s3:::allowed", "arn:aws:sagemaker:*:*:model/*"],
-    }
+    allow = {"Effect": "Allow", **statement}
     iam.put_role_policy(RoleName=name, PolicyName="p", PolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [allow]}))
     given = cloud.client("sts").assume_role(RoleArn=made["Role"]["Arn"], RoleSessionName="test")["Credentials"]
     return boto3.Session(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"], region_name=emulator.REGION)
@@ -72,6 +83,19 @@ def denied(call) -> str:
     with pytest.raises(ClientError) as refused:
         call()
     return refused.value.response["Error"]["Code"]
+
+
+@pytest.mark.parametrize(("behind", "allowed"), [(":*", True), ("", False)])
+def test_a_log_group_is_named_in_a_policy_as_aws_wants_it(cloud, behind, allowed):
+    """With ``:*`` behind its name for all actions but those of tags."""
+    name = f"/test/{uuid.uuid4().hex[:8]}"
+    cloud.client("logs").create_log_group(logGroupName=name)
+    arn = f"arn:aws:logs:*:*:log-group:{name}{behind}"
+    logs = cloud.client("logs", session_with(cloud, Action="logs:CreateLogStream", Resource=arn))
+    if allowed:
+        logs.create_log_stream(logGroupName=name, logStreamName="one")
+    else:
+        assert denied(lambda: logs.create_log_stream(logGroupName=name, logStreamName="one")) == "AccessDeniedException"
 
 
 def test_a_call_inside_the_policy_passes_and_one_outside_is_denied(cloud, role):
