@@ -294,9 +294,23 @@ def count_embedded_metrics() -> None:
 
 
 def correct_alarms() -> None:
-    """An alarm without data in its window, whose missing data are not breaching, falls silent (ministack: it keeps its state)."""
-    from ministack.services import cloudwatch
+    """What ministack's alarms lack.
 
+    An alarm without data in its window, whose missing data are not breaching, falls silent (ministack: it keeps its state).
+    An alarm over several metrics is kept with them, and stays INSUFFICIENT_DATA: nobody computes it here (ministack: its stack fails).
+    """
+    from ministack.services import cloudwatch
+    from ministack.services.cloudformation import provisioners
+
+    record = provisioners._cw_metric_alarm_record
+
+    def kept(name: str, given: dict[str, Any]) -> dict[str, Any]:
+        if not given.get("Metrics"):
+            return dict(record(name, given))
+        one = {**given, "Metrics": None, "Namespace": "several", "MetricName": "several"}
+        return {**record(name, one), "Namespace": "", "MetricName": "", "Metrics": given["Metrics"]}
+
+    provisioners._cw_metric_alarm_record = kept
     evaluate = cloudwatch._evaluate_alarm
 
     def silenced(alarm: dict[str, Any]) -> None:

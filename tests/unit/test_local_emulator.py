@@ -33,10 +33,30 @@ def test_the_names_of_ministack_are_where_we_use_them():
     assert hasattr(s3, "_bucket_tags")
     assert {"create", "update"} <= set(provisioners._RESOURCE_HANDLERS["AWS::CodeBuild::Project"])
     assert callable(provisioners._codebuild_cfn_to_api)
+    assert callable(provisioners._cw_metric_alarm_record)
     assert callable(codebuild._project_shape)
     assert hasattr(codebuild, "_projects")
     assert is_dataclass(iam_evaluator.EvalContext)
     assert "AWS::SageMaker::ModelPackageGroup" not in provisioners._RESOURCE_HANDLERS
+
+
+def test_a_stack_may_hold_an_alarm_over_several_metrics(cloud):
+    """The alarm of a real-time endpoint that nobody asks is one. It is made and changed, and does not go off here."""
+    metric = {"Metric": {"Namespace": "n", "MetricName": "m"}, "Period": 60, "Stat": "Sum"}
+    alarm = {
+        "AlarmName": f"test-{uuid.uuid4().hex[:8]}",
+        "ComparisonOperator": "GreaterThanThreshold",
+        "EvaluationPeriods": 1,
+        "Metrics": [{"Id": "asked", "MetricStat": metric, "ReturnData": False}, {"Id": "idle", "Expression": "FILL(asked, 0) < 1"}],
+    }
+    formation, name = cloud.client("cloudformation"), alarm["AlarmName"]
+    for change, done, threshold in (("create_stack", "stack_create_complete", 1), ("update_stack", "stack_update_complete", 2)):
+        template = {"Resources": {"Alarm": {"Type": "AWS::CloudWatch::Alarm", "Properties": {**alarm, "Threshold": threshold}}}}
+        getattr(formation, change)(StackName=name, TemplateBody=json.dumps(template))
+        formation.get_waiter(done).wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
+        (found,) = cloud.client("cloudwatch").describe_alarms(AlarmNames=[name])["MetricAlarms"]
+        assert (found["StateValue"], found["Threshold"]) == ("INSUFFICIENT_DATA", threshold)
+    formation.delete_stack(StackName=name)
 
 
 def trust(service: str, condition: dict | None = None) -> dict:
