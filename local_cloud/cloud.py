@@ -304,6 +304,8 @@ def _add_resource_types(sagemaker: SageMaker) -> None:
         sagemaker.call("DeleteModelPackageGroup", {"ModelPackageGroupName": physical_id.rsplit("/", 1)[-1]}, root)
 
     emulator.add_resource_type(group, create, delete)
+    # Nothing costs money here: a budget is taken, and never spent.
+    emulator.add_resource_type("AWS::Budgets::Budget", lambda logical_id, _, __: (logical_id, {}), lambda _, __: None)
 
 
 async def _serve(cloud: LocalCloud, port: int, lifeline: bool) -> None:

@@ -297,7 +297,7 @@ def correct_alarms() -> None:
     """What ministack's alarms lack.
 
     An alarm without data in its window, whose missing data are not breaching, falls silent (ministack: it keeps its state).
-    An alarm over several metrics is kept with them, and stays INSUFFICIENT_DATA: nobody computes it here (ministack: its stack fails).
+    An alarm over several metrics is kept and stays INSUFFICIENT_DATA: nobody computes it here (ministack: its stack fails).
     """
     from ministack.services import cloudwatch
     from ministack.services.cloudformation import provisioners

@@ -11,6 +11,7 @@ import pytest
 from deployment import Account
 from rich.console import Console
 
+from infra.verify.configurations import CONFIGURATIONS
 from local_cloud import run
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
@@ -88,4 +89,17 @@ def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another
     assert cloud.client("s3").list_objects_v2(Bucket=again["DataBucket"])["KeyCount"] == 0
     for name in ("birds", "cats"):
         cdk(cloud, "destroy", "--all", "--force", context={**context, "override": json.dumps({"name": name})})
+    assert account.stacks() <= before | {"CDKToolkit"}
+
+
+@pytest.mark.parametrize("name", ["prod", "idle", "triggered", "own-key", "big", "quiet"])
+def test_a_companys_stack_is_deployed_and_destroyed_here_too(cloud: Any, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Configurations of ``make verify`` that are made of nothing the local cloud refuses."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
+    port, account, chosen = int(cloud.url.rsplit(":", 1)[1]), Account(cloud), CONFIGURATIONS[name]
+    before = account.stacks()
+    override = {**json.loads(chosen.get("override", "{}")), "name": name.replace("-", "")[:5]}
+    outputs = run.deploy(port, chosen["stage"], override, cloud.root, Console(quiet=True))
+    assert set(outputs) >= {"ApiUrl", "StateMachineArn", "DataBucket", "TokenSecretArn"}
+    cdk(cloud, "destroy", "--all", "--force", context={"stage": chosen["stage"], "override": json.dumps(override)})
     assert account.stacks() <= before | {"CDKToolkit"}
