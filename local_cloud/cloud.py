@@ -74,6 +74,7 @@ class LocalCloud:
         emulator.correct_bucket_tags()
         emulator.correct_build_logs()
         emulator.correct_log_group_arns()
+        emulator.correct_function_deletion()
         emulator.count_embedded_metrics()
         emulator.correct_alarms()
         emulator.record_decisions(lambda found: self._note("decisions", found))

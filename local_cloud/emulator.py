@@ -275,6 +275,21 @@ def correct_build_logs() -> None:
     handlers["update"] = lambda physical_id, old, new, stack: logged(update(physical_id, old, new, stack), new)
 
 
+def correct_function_deletion() -> None:
+    """A deleted stack's functions take their processes and folders with them (ministack: idle ones stay until the cloud ends)."""
+    from ministack.services import lambda_svc
+    from ministack.services.cloudformation import provisioners
+
+    handlers = provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"]
+    delete = handlers["delete"]
+
+    def ended(physical_id: str, given: dict[str, Any]) -> None:
+        delete(physical_id, given)
+        lambda_svc.invalidate_worker(physical_id, account=ACCOUNT, region=REGION)
+
+    handlers["delete"] = ended
+
+
 def count_embedded_metrics() -> None:
     """Metrics that a Lambda writes into its log in CloudWatch's embedded metric format become metrics, as AWS makes them.
 

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import is_dataclass
 
 import boto3
+import psutil
 import pytest
 from botocore.exceptions import ClientError
 
@@ -17,7 +18,7 @@ from local_cloud.service import ServiceError
 def test_the_names_of_ministack_are_where_we_use_them():
     from ministack.app import _request_account_scope
     from ministack.core import iam_evaluator, responses, router
-    from ministack.services import codebuild, s3, sts
+    from ministack.services import codebuild, lambda_svc, s3, sts
     from ministack.services.cloudformation import provisioners
 
     assert callable(_request_account_scope)
@@ -36,6 +37,8 @@ def test_the_names_of_ministack_are_where_we_use_them():
     assert callable(provisioners._cw_metric_alarm_record)
     assert callable(codebuild._project_shape)
     assert hasattr(codebuild, "_projects")
+    assert callable(lambda_svc.invalidate_worker)
+    assert "delete" in provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"]
     assert is_dataclass(iam_evaluator.EvalContext)
     assert "AWS::SageMaker::ModelPackageGroup" not in provisioners._RESOURCE_HANDLERS
 
@@ -57,6 +60,23 @@ def test_a_stack_may_hold_an_alarm_over_several_metrics(cloud):
         (found,) = cloud.client("cloudwatch").describe_alarms(AlarmNames=[name])["MetricAlarms"]
         assert (found["StateValue"], found["Threshold"]) == ("INSUFFICIENT_DATA", threshold)
     formation.delete_stack(StackName=name)
+
+
+def test_a_deleted_stacks_function_leaves_no_process_and_no_folder(cloud):
+    iam, formation, name = cloud.client("iam"), cloud.client("cloudformation"), f"test-{uuid.uuid4().hex[:8]}"
+    assumed = {"Version": "2012-10-17", "Statement": [trust("lambda.amazonaws.com")["Statement"][0]]}
+    role = iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps(assumed))["Role"]["Arn"]
+    code = {"ZipFile": "def handle(event, context):\n    return 1\n"}
+    function = {"FunctionName": name, "Runtime": "python3.13", "Handler": "index.handle", "Role": role, "Code": code}
+    template = {"Resources": {"Function": {"Type": "AWS::Lambda::Function", "Properties": function}}}
+    formation.create_stack(StackName=name, TemplateBody=json.dumps(template))
+    formation.get_waiter("stack_create_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
+    assert cloud.client("lambda").invoke(FunctionName=name)["Payload"].read() == b"1"
+    assert list((cloud.root / "tmp").glob(f"*{name}*"))
+    formation.delete_stack(StackName=name)
+    formation.get_waiter("stack_delete_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
+    assert not list((cloud.root / "tmp").glob(f"*{name}*"))
+    assert not [one.pid for one in psutil.process_iter(["cmdline"]) if name in " ".join(one.info["cmdline"] or [])]
 
 
 def trust(service: str, condition: dict | None = None) -> dict:
