@@ -845,7 +845,9 @@ def _reason() -> str:
     return (
         f"($c := $failure.cause; $facts := {_described('$c')} ? $parse($c) : {{}}; "
         "$exists($facts.ExitMessage) ? $facts.ExitMessage : $exists($facts.FailureReason) ? $facts.FailureReason : "
-        "$exists($facts.errorMessage) ? $facts.errorMessage : $c)"
+        "$exists($facts.errorMessage) ? $facts.errorMessage : "
+        "($phase := $facts.Build.Phases[PhaseStatus in ['FAILED', 'FAULT', 'TIMED_OUT', 'STOPPED']][0]; "
+        "$exists($phase) ? $phase.PhaseType & ' ' & $phase.PhaseStatus & ': ' & $phase.Contexts[0].Message : $c))"
     )
 
 

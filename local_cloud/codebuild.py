@@ -41,6 +41,7 @@ IGNORED = {
 }
 """Fields of StartBuild accepted without effect: field → reason. Every other field is refused by name."""
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+_TAKEN = frozenset({"ImageTagAlreadyExistsException", "ImageAlreadyExistsException"})
 _STEPS = ("SUBMITTED", "QUEUED", "PROVISIONING", "DOWNLOAD_SOURCE", "INSTALL", "PRE_BUILD", "BUILD", "POST_BUILD", "FINALIZING")
 
 
@@ -227,19 +228,35 @@ class Build:
             "base": result.base,
         }
         manifest = _manifest(json.dumps(data, sort_keys=True).encode())
-        answer = self._ecr(
-            "put_image",
-            repositoryName=self._repository(),
-            imageManifest=manifest,
-            imageManifestMediaType=_MANIFEST,
-            imageTag=tag,
-        )
-        data["digest"] = answer["image"]["imageId"]["imageDigest"]
-        file = self._images.built(self._repository(), tag)
-        temporary = file.with_suffix(".new")
-        temporary.write_text(json.dumps(data, indent=2))
-        temporary.replace(file)
+        with self._images.pushing:
+            try:
+                answer = self._ecr(
+                    "put_image",
+                    repositoryName=self._repository(),
+                    imageManifest=manifest,
+                    imageManifestMediaType=_MANIFEST,
+                    imageTag=tag,
+                )
+            except BuildError as error:
+                self._use_other(tag, error)
+                return
+            data["digest"] = answer["image"]["imageId"]["imageDigest"]
+            file = self._images.built(self._repository(), tag)
+            temporary = file.with_suffix(".new")
+            temporary.write_text(json.dumps(data, indent=2))
+            temporary.replace(file)
         self._say(f"{tag}: digest: {data['digest']}")
+
+    def _use_other(self, tag: str, error: BuildError) -> None:
+        """An immutable tag that another build pushed meanwhile is no failure to a buildspec that then looks at it."""
+        cause = error.__cause__
+        taken = isinstance(cause, ClientError) and cause.response["Error"]["Code"] in _TAKEN
+        if not taken or "docker manifest inspect" not in self._project["source"]["buildspec"]:
+            raise error
+        self._say(f"docker push: {error}")
+        answer = self._ecr("batch_get_image", repositoryName=self._repository(), imageIds=[{"imageTag": tag}])
+        self._say(f"{tag}: digest of the other build: {answer['images'][0]['imageId']['imageDigest']}")
+        shutil.rmtree(self._target, ignore_errors=True)
 
     def _ecr(self, operation: str, **request: Any) -> Record:
         ecr: Any = self._role.client("ecr", endpoint_url=self._cloud.url, region_name=self._cloud.region)

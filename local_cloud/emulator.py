@@ -290,6 +290,21 @@ def correct_function_deletion() -> None:
     handlers["delete"] = ended
 
 
+def watch_repository_deletion(gone: Callable[[str], None]) -> None:
+    """``gone(name)`` after a repository was deleted by a stack or a request: ministack does not know what images are made of."""
+    from ministack.services import ecr
+
+    delete = ecr._delete_repository
+
+    def deleted(request: dict[str, Any]) -> Any:
+        answer = delete(request)
+        if answer[0] == 200:
+            gone(str(request["repositoryName"]))
+        return answer
+
+    ecr._delete_repository = deleted
+
+
 def count_embedded_metrics() -> None:
     """Metrics that a Lambda writes into its log in CloudWatch's embedded metric format become metrics, as AWS makes them.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +79,19 @@ class Images:
 
     def __init__(self, cloud: Cloud) -> None:
         self._cloud = cloud
+        self.pushing = threading.Lock()
+        """Held while an image's tag and its file are written, so that who finds the tag finds the file."""
 
     def built(self, repository: str, tag: str) -> Path:
         """File that describes the image ``repository:tag`` built here."""
         return self._cloud.root / "images" / repository / f"{tag}.json"
+
+    def remove(self, repository: str) -> None:
+        """Delete the files of a repository's images, as ECR does with the repository."""
+        folder = self._cloud.root / "images" / repository
+        for described in folder.glob("*.json"):
+            described.unlink(missing_ok=True)
+        shutil.rmtree(folder / "made", ignore_errors=True)
 
     def check(self, uri: str) -> None:
         """Raise ``ValidationException`` when no image of this name can ever run here; it need not be built yet."""

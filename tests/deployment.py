@@ -109,8 +109,8 @@ class Account:
         return {kind: mine for kind, names in found.items() if (mine := sorted(n for n in names if any(m in n for m in marks)))}
 
     def runs(self) -> list[str]:
-        """Processes and files of jobs and endpoints: what a machine of AWS's would have and lose with its end."""
-        folders = [self.cloud.root / kind for kind in ("jobs", "endpoints")]
+        """Processes and files of jobs, endpoints, functions and images: what goes with a stack on AWS."""
+        folders = [self.cloud.root / kind for kind in ("jobs", "endpoints", "tmp", "images")]
         files = [str(path) for folder in folders for path in folder.rglob("*") if not path.is_dir()]
         return [*files, *(f"{one.pid} {one.name()}" for one in psutil.process_iter() if _inside(one, folders))]
 

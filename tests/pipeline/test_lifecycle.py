@@ -57,7 +57,7 @@ def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
     port, quiet, account = int(cloud.url.rsplit(":", 1)[1]), Console(quiet=True), Account(cloud)
-    before = account.stacks()
+    before, ran_before = account.stacks(), account.runs()
     for name in ("birds", "cats"):
         outputs = run.deploy(port, "local", {"name": name}, cloud.root, quiet)
         execution_leftovers(cloud, f"{name}-local", outputs["DataBucket"])
@@ -90,6 +90,7 @@ def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another
     for name in ("birds", "cats"):
         cdk(cloud, "destroy", "--all", "--force", context={**context, "override": json.dumps({"name": name})})
     assert account.stacks() <= before | {"CDKToolkit"}
+    assert set(account.runs()) <= set(ran_before)
 
 
 @pytest.mark.parametrize("name", ["prod", "idle", "triggered", "own-key", "big", "quiet"])
@@ -97,9 +98,10 @@ def test_a_companys_stack_is_deployed_and_destroyed_here_too(cloud: Any, monkeyp
     """Configurations of ``make verify`` that are made of nothing the local cloud refuses."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
     port, account, chosen = int(cloud.url.rsplit(":", 1)[1]), Account(cloud), CONFIGURATIONS[name]
-    before = account.stacks()
+    before, ran_before = account.stacks(), account.runs()
     override = {**json.loads(chosen.get("override", "{}")), "name": name.replace("-", "")[:5]}
     outputs = run.deploy(port, chosen["stage"], override, cloud.root, Console(quiet=True))
     assert set(outputs) >= {"ApiUrl", "StateMachineArn", "DataBucket", "TokenSecretArn"}
     cdk(cloud, "destroy", "--all", "--force", context={"stage": chosen["stage"], "override": json.dumps(override)})
     assert account.stacks() <= before | {"CDKToolkit"}
+    assert set(account.runs()) <= set(ran_before)

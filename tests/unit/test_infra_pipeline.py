@@ -799,6 +799,21 @@ def test_the_output_names_the_rules_that_fired(said: str, fired: list[str]):
     assert walk({})[2]["rules_fired"] == []
 
 
+def test_a_failed_build_says_what_failed_instead_of_its_whole_description():
+    phases = [
+        {"PhaseType": "BUILD", "PhaseStatus": "SUCCEEDED", "Contexts": [{"StatusCode": "", "Message": ""}]},
+        {"PhaseType": "POST_BUILD", "PhaseStatus": "FAILED", "Contexts": [{"StatusCode": "X", "Message": "docker push: denied"}]},
+        {"PhaseType": "COMPLETED"},
+    ]
+    build = {"Build": {"Id": "dogs-dev-server:1", "BuildStatus": "FAILED", "Phases": phases}}
+    account = Account(BuildServer=TaskError("States.TaskFailed", json.dumps(build)))
+    _, last, output = walk({}, account=account)
+    assert last == "Failed"
+    assert (
+        "failed in BuildServer (States.TaskFailed): POST_BUILD FAILED: docker push: denied. Open the build's log" in output["Cause"]
+    )
+
+
 def test_a_refused_model_is_told_to_the_one_report_that_there_is():
     account = Account()
     account.summary |= {"top1": 0.31, "champion_top1": 0.9876}

@@ -109,6 +109,30 @@ def test_a_build_makes_an_environment_and_a_tag(cloud: FakeCloud, service: CodeB
     assert (cloud.root / "images/server/t1.json").is_file()
 
 
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_tag_that_another_build_pushed_is_used_by_a_buildspec_that_looks_for_it(
+    cloud: FakeCloud, service: CodeBuild, looks: bool
+) -> None:
+    ecr = cloud.client("ecr")
+    name = f"server-{looks}".lower()
+    ecr.create_repository(repositoryName=name, imageTagMutability="IMMUTABLE")
+    source(cloud, DOCKERFILE)
+    project = service._project("server")
+    if looks:
+        project["source"]["buildspec"] = BUILDSPEC.replace("docker push x", "docker push x || docker manifest inspect x")
+    variables = [{"name": "REPOSITORY_URI", "value": f"{URI.rsplit('/', 1)[0]}/{name}"}, {"name": "IMAGE_TAG", "value": "same"}]
+    first, second = (run(service, environmentVariablesOverride=variables) for _ in range(2))
+    images = ecr.describe_images(repositoryName=name)["imageDetails"]
+    ecr.close()
+    assert first["buildStatus"] == "SUCCEEDED"
+    (failed,) = [one["contexts"][0]["message"] for one in second["phases"] if one.get("phaseStatus") in ("FAILED", "FAULT")] or [""]
+    assert second["buildStatus"] == ("SUCCEEDED" if looks else "FAILED"), failed
+    assert ("already exists" in failed) is not looks
+    assert len(images) == 1
+    (kept,) = (cloud.root / "images" / name / "made").iterdir()
+    assert kept.name == first["id"].split(":")[1], "what was built in vain is not kept"
+
+
 def test_a_failing_step_fails_the_build_with_its_line(cloud: FakeCloud, service: CodeBuild) -> None:
     source(cloud, DOCKERFILE.replace("compileall -q", "compileall -q --no-such-option"))
     done = run(service)

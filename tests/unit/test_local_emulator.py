@@ -18,7 +18,7 @@ from local_cloud.service import ServiceError
 def test_the_names_of_ministack_are_where_we_use_them():
     from ministack.app import _request_account_scope
     from ministack.core import iam_evaluator, responses, router
-    from ministack.services import codebuild, lambda_svc, s3, sts
+    from ministack.services import codebuild, ecr, lambda_svc, s3, sts
     from ministack.services.cloudformation import provisioners
 
     assert callable(_request_account_scope)
@@ -38,6 +38,7 @@ def test_the_names_of_ministack_are_where_we_use_them():
     assert callable(codebuild._project_shape)
     assert hasattr(codebuild, "_projects")
     assert callable(lambda_svc.invalidate_worker)
+    assert callable(ecr._delete_repository)
     assert "delete" in provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"]
     assert is_dataclass(iam_evaluator.EvalContext)
     assert "AWS::SageMaker::ModelPackageGroup" not in provisioners._RESOURCE_HANDLERS
@@ -77,6 +78,25 @@ def test_a_deleted_stacks_function_leaves_no_process_and_no_folder(cloud):
     formation.get_waiter("stack_delete_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
     assert not list((cloud.root / "tmp").glob(f"*{name}*"))
     assert not [one.pid for one in psutil.process_iter(["cmdline"]) if name in " ".join(one.info["cmdline"] or [])]
+
+
+def test_a_deleted_repositorys_images_leave_no_files(cloud):
+    ecr, formation, name = cloud.client("ecr"), cloud.client("cloudformation"), f"test-{uuid.uuid4().hex[:8]}"
+    repository = {"Type": "AWS::ECR::Repository", "Properties": {"RepositoryName": name, "EmptyOnDelete": True}}
+    formation.create_stack(StackName=name, TemplateBody=json.dumps({"Resources": {"Repository": repository}}))
+    formation.get_waiter("stack_create_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
+    ecr.put_image(repositoryName=name, imageManifest="{}", imageTag="one")
+    folder = cloud.root / "images" / name
+    files = [folder / "one.json", folder / "made" / "one" / "rootfs" / "serve.py"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    with pytest.raises(ClientError, match="RepositoryNotEmpty"):
+        ecr.delete_repository(repositoryName=name)
+    assert all(file.exists() for file in files), "what could not be deleted keeps its images"
+    formation.delete_stack(StackName=name)
+    formation.get_waiter("stack_delete_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
+    assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
 def trust(service: str, condition: dict | None = None) -> dict:
