@@ -76,16 +76,23 @@ def run_uri(folder: str) -> str:
     return f"'s3://${{DataBucket}}/runs/' & $run & '/{folder}'"
 
 
+EXECUTION = "$states.context.Execution.Id & '/' & $states.context.Execution.StartTime"
+
+
 def run_key() -> str:
-    """JSONata source for 8 hex digits of the execution: what it made is found by them, also what it was never told of."""
-    return "$substring($hash($states.context.Execution.Id, 'SHA-256'), 0, 8)"
+    """JSONata source for 8 hex digits of the execution: what it made is found by them, also what it was never told of.
+
+    SageMaker never forgets the name of a job, Step Functions forgets that of an execution when its state machine is deleted:
+    with the start in it, a stack that was destroyed and deployed again may run the same names.
+    """
+    return f"$substring($hash({EXECUTION}, 'SHA-256'), 0, 8)"
 
 
 def unique() -> str:
     """JSONata source for 16 hex digits that differ on every execution, redrive, state and retry; the first 8 are ``run_key``."""
     return (
         f"{run_key()} & "
-        "$substring($hash($states.context.Execution.Id & '/' & $string($states.context.Execution.RedriveCount) & '/' & "
+        f"$substring($hash({EXECUTION} & '/' & $string($states.context.Execution.RedriveCount) & '/' & "
         "$states.context.State.Name & '/' & $string($states.context.State.RetryCount) & '/' & $string($attempt), 'SHA-256'), 0, 8)"
     )
 

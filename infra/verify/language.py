@@ -340,13 +340,14 @@ def forms(machine: Json) -> dict[str, Form]:
 
 
 def _parsed_documents() -> Form:
-    """The form of what ``$parse`` gives: a file of ours, the description of a job that failed, or a Lambda's error."""
+    """The form of what ``$parse`` gives: a file of ours, the description of a job or build that failed, or a Lambda's error."""
     form: Form = {"errorMessage": None, "errorType": None, "stackTrace": None}
     for name in ("dataset", "summary", "champion"):
         form = merged(form, contracts.documents()[name])
     for kind in ("ProcessingJob", "TrainingJob", "HyperParameterTuningJob"):
         form = merged(form, result_form(service_model("sagemaker").operation_model(f"Describe{kind}").output_shape))
-    return form
+    builds = result_form(service_model("codebuild").operation_model("BatchGetBuilds").output_shape)
+    return merged(form, {"Build": builds["Builds"][0]})
 
 
 def _before_tasks(machine: Json) -> set[str]:

@@ -80,6 +80,7 @@ class Walk:
             "Execution": {
                 "Id": f"arn:aws:states:{REGION}:{ACCOUNT}:execution:machine:{self.name}",
                 "Name": self.name,
+                "StartTime": "2026-01-01T00:00:00Z",
                 "RedriveCount": 0,
             },
             "State": {"Name": name, "RetryCount": 0},
@@ -466,7 +467,12 @@ def _faults(state: str, definition: Json, config: StageConfig, account: _Make) -
         *(name for entry in definition["Catch"] for name in entry["ErrorEquals"] if name != "States.ALL"),
     ]
     kind = call.operation.removeprefix("Create")
-    job = {f"{kind}Name": f"{config.prefix}-0123", f"{kind}Status": "Failed", "FailureReason": "AlgorithmError: no."}
+    job: Json = {f"{kind}Name": f"{config.prefix}-0123", f"{kind}Status": "Failed", "FailureReason": "AlgorithmError: no."}
+    if call.service == "codebuild":
+        contexts = [{"StatusCode": "COMMAND_EXECUTION_ERROR", "Message": "docker build: exit status 1"}]
+        job = {
+            "Build": {"BuildStatus": "FAILED", "Phases": [{"PhaseType": "BUILD", "PhaseStatus": "FAILED", "Contexts": contexts}]}
+        }
     if state == "ReadTrialFailure":
         others = {"Tune": TaskError("States.TaskFailed", json.dumps(job | {
             "HyperParameterTuningJobName": f"{config.prefix}-0123", "HyperParameterTuningJobStatus": "Failed",

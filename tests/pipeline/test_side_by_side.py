@@ -77,14 +77,15 @@ def test_two_whole_executions_in_the_same_second_end_well(twins: Deployment, dig
         both = [states.describe_execution(executionArn=arn) for arn in arns]
     assert "SUCCEEDED" in [one["status"] for one in both], "\n".join(one.get("cause", "") for one in both)
     for one in both:
-        assert one["status"] == "SUCCEEDED" or "expected InService with" in one["cause"], one["cause"]
+        assert one["status"] == "SUCCEEDED" or "Another execution deployed meanwhile" in one["cause"], one["cause"]
     assert abs((both[0]["startDate"] - both[1]["startDate"]).total_seconds()) < 1
 
     made = jobs(cloud)
     assert len(made) == len(set(made))
     owners = {re.search(r"-([0-9a-f]{8})[0-9a-f]{8}(?:-|$)", name)[1] for name in made}
     assert len(owners) == len(NAMES), f"two executions, so two sets of names: {made}"
-    assert len({sum(owner in name for name in made) for owner in owners}) == 1, f"as many jobs each: {made}"
+    work = [name for name in made if "-report-" not in name]  # who was overtaken reports once more
+    assert len({sum(owner in name for name in work) for owner in owners}) == 1, f"as many jobs each: {work}"
     results = [json.loads(one["output"]) for one in both if one["status"] == "SUCCEEDED"]
     assert len({one["dataset_hash"] for one in results}) == 1, "both prepared the same pictures"
     assert len({one["model_package"] for one in results}) == len(results)

@@ -399,7 +399,7 @@ def test_an_existing_image_is_not_built_again():
     assert "BuildServer" not in machine.visited
 
 
-def test_names_fit_their_limits_and_differ_between_retries():
+def test_names_fit_their_limits_and_differ_between_retries_and_a_state_machine_deleted_and_made_again():
     machine, _, _ = walk({})
     names = {
         32: machine.requests["Tune"]["HyperParameterTuningJobName"],
@@ -411,10 +411,12 @@ def test_names_fit_their_limits_and_differ_between_retries():
     expression = definition(config())["States"]["Train"]["Arguments"]["TrainingJobName"][2:-2].strip()
     variables = machine.variables
     made = set()
-    for retry, attempt in ((0, 0), (1, 0), (0, 1)):
-        context = {"Execution": {"Id": "x", "Name": "x"}, "State": {"Name": "Train", "RetryCount": retry}}
+    new_year, later = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+    for retry, attempt, start in ((0, 0, new_year), (1, 0, new_year), (0, 1, new_year), (0, 0, later)):
+        execution = {"Id": "x", "Name": "x", "StartTime": start, "RedriveCount": 0}
+        context = {"Execution": execution, "State": {"Name": "Train", "RetryCount": retry}}
         made.add(evaluate_jsonata(expression, {**variables, "attempt": attempt, "states": {"context": context}}))
-    assert len(made) == 3
+    assert len(made) == 4
 
 
 # --- requests against AWS's models -----------------------------------------------------------------------------------------
@@ -970,13 +972,30 @@ def test_a_model_that_another_execution_has_deployed_is_not_taken_back():
     assert not {"RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
 
 
+def test_who_was_overtaken_while_waiting_is_told_how_to_serve_his_model():
+    account = Account()
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    theirs = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-theirs"}
+    account.faults["CheckEndpoint"] = account.faults["CheckCurrent"] = theirs
+    machine, last, output = walk({}, account=account)
+    assert last == "Failed"
+    assert not {"RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
+    package = "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/1"
+    said = f"Another execution deployed meanwhile and its model serves; the one of this run is {package}. To serve that one, start"
+    assert (
+        "failed in Deploy (EndpointOvertaken): Endpoint dogs-dev is InService with configuration dogs-dev-theirs" in output["Cause"]
+    )
+    assert said in output["Cause"]
+    assert "FailureReason" not in output["Cause"]
+
+
 def test_an_endpoint_that_never_settles_ends_at_the_deadline():
     moving = {"EndpointStatus": "Creating", "EndpointConfigName": "x"}
     account = Account(CheckEndpoint=[moving] * 1000)
     _, last, output = walk({}, account=account, poll_seconds=60)
     assert last == "Failed"
     assert "is Creating" in output["Cause"]
-    assert "1800 s" in output["Cause"]
+    assert "1800 s. The endpoint's" in output["Cause"]
 
 
 def test_a_failed_smoke_test_brings_the_previous_configuration_back():
