@@ -40,6 +40,7 @@ def configure(root: Path, port: int) -> None:
         AUTH="true",
         GATEWAY_PORT=str(port),
         BIND_HOST="127.0.0.1",
+        IOT_MTLS_ENABLED="0",  # a listener for MQTT on every interface, which nothing here needs
         LAMBDA_EXECUTOR="local",
         LAMBDA_STRICT="0",
         LOG_LEVEL="WARNING",

@@ -112,10 +112,10 @@ class Account:
         """Processes and files of jobs, endpoints, functions and images: what goes with a stack on AWS."""
         folders = [self.cloud.root / kind for kind in ("jobs", "endpoints", "tmp", "images")]
         files = [str(path) for folder in folders for path in folder.rglob("*") if not path.is_dir()]
-        return [*files, *(f"{one.pid} {one.name()}" for one in psutil.process_iter() if _inside(one, folders))]
+        return [*files, *(f"{one.pid} {one.name()}" for one in psutil.process_iter() if inside(one, folders))]
 
 
-def _inside(process: psutil.Process, folders: list[Path]) -> bool:
+def inside(process: psutil.Process, folders: list[Path]) -> bool:
     """Whether a process works in one of the folders: told by its command line or environment."""
     try:
         words = [*process.cmdline(), *process.environ().values()]

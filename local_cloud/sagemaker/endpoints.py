@@ -161,6 +161,7 @@ class Server:
             "SAGEMAKER_BASE_DIR": str(self._base),
             "SM_MODEL_DIR": str(self._base / "model"),
             "SAGEMAKER_BIND_TO_PORT": str(self._port),
+            "BIND_HOST": "127.0.0.1",  # our server's own: there is no container's network around it here
             "PYTHONUNBUFFERED": "1",
             **{key: mounted(value, self._base) for key, value in self._container.get("Environment", {}).items()},
         }

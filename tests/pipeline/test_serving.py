@@ -8,8 +8,10 @@ import io
 import json
 import urllib.parse
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
+from deployment import inside
 
 pytestmark = pytest.mark.pipeline
 
@@ -26,6 +28,14 @@ def test_several_pictures_at_once_as_json_and_as_a_form(finished, deployed, digi
     kind = {"Content-Type": "multipart/form-data; boundary=b", **deployed.authorized}
     status, again = deployed.request("predict/batch?top_k=1", form, kind)
     assert (status, again["results"]) == (200, answer["results"][:2])
+
+
+def test_nothing_of_the_local_cloud_can_be_reached_from_another_machine(finished, deployed):
+    """The cloud itself, its functions and the endpoint's server: an endpoint has no token of its own."""
+    ours = [one for one in psutil.process_iter() if inside(one, [deployed.cloud.root])]
+    heard = {(one.pid, at.laddr) for one in ours for at in one.net_connections() if at.status == psutil.CONN_LISTEN}
+    assert len({process for process, _ in heard}) >= 2, "the cloud and the endpoint's server listen"
+    assert {at.ip for _, at in heard} <= {"127.0.0.1", "::1"}, heard
 
 
 def test_a_heat_map_comes_through_the_gateway_byte_for_byte(finished, deployed, digits):
