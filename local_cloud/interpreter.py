@@ -11,6 +11,7 @@ and its added functions), integrate-optimized.html and supported-services-awssdk
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -152,16 +153,29 @@ def _plain(value: Any) -> Any:
     raise QueryError(f"returned a value of type {type(value).__name__}, which JSON cannot hold")
 
 
+@functools.lru_cache(maxsize=2000)
+def _program(expression: str, thread: int) -> Jsonata:
+    """The parsed expression with Step Functions' functions, one for each thread: parsing is most of the work."""
+    program = Jsonata(expression)
+    program.set_output_convert_nulls(False)
+    for name, function in _FUNCTIONS.items():
+        program.register_lambda(name, function)
+    return program
+
+
 def evaluate_jsonata(expression: str, variables: dict[str, Any]) -> Any:
     """Value of ``expression`` with ``$name`` bound for each of ``variables``; raises ``QueryError`` when there is none."""
     try:
-        program = Jsonata(expression)
-        program.set_output_convert_nulls(False)
-        for name, function in _FUNCTIONS.items():
-            program.register_lambda(name, function)
-        for name, value in variables.items():
-            program.assign(name, value)
-        result = program.evaluate(None)
+        program = _program(expression, threading.get_ident())
+        functions = program.environment
+        program.environment = program.create_frame(functions)
+        Jsonata.CURRENT.jsonata = program  # as its constructor does: $now and the callbacks ask it
+        try:
+            for name, value in variables.items():
+                program.assign(name, value)
+            result = program.evaluate(None)
+        finally:
+            program.environment = functions
     except QueryError:
         raise
     except Exception as error:  # jsonata-python raises several unrelated types

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ def test_the_private_names_of_moto_are_where_we_rebind_them():
     assert list(inspect.signature(interpreter.StateTaskService._eval_service_task).parameters) == list(
         inspect.signature(interpreter.AwsTask._eval_service_task).parameters
     )
+
+
+def test_an_expression_knows_nothing_of_its_earlier_evaluation_nor_of_another_thread():
+    expression = "$exists($b) ? $b : $join($map($a, function($x) { $string($x) & $c }))"
+    assert interpreter.evaluate_jsonata(expression, {"a": [1, 2], "b": "old", "c": "x"}) == "old"
+    assert interpreter.evaluate_jsonata(expression, {"a": [1, 2], "c": "-"}) == "1-2-"
+    with pytest.raises(interpreter.QueryError):
+        interpreter.evaluate_jsonata("$b", {"a": 1})
+    numbers = range(200)
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda n: interpreter.evaluate_jsonata(expression, {"a": [n, n], "c": "."}), numbers)
+    assert list(found) == [f"{n}.{n}." for n in numbers]
+    first = interpreter.evaluate_jsonata("$millis()", {})
+    time.sleep(0.01)
+    assert interpreter.evaluate_jsonata("$millis()", {}) > first, "the time is that of the evaluation"
 
 
 @pytest.mark.parametrize(
