@@ -44,7 +44,9 @@ LAMBDA_BUSY = [
 
 JOB_STATES = ("PrepareData", "CacheFeatures", "Tune", "Train", "Evaluate", "Report", "ClassifyBatch")
 
-ADVICE = {  # by state, and by error where that says more
+OVERTAKEN = "EndpointOvertaken"
+OVERTAKEN_ADVICE = 'To serve that one, start an execution with "action": "deploy" and this "model_package".'
+ADVICE = {
     "PrepareData": "Look at the source and at runs/<run>/prepare/report.json.",
     "CheckBatchSize": "Start again with smaller values in tuning.batch_size, or with more pictures.",
     "CacheFeatures": "Check that backbone and pretrained fit each other.",
@@ -54,7 +56,6 @@ ADVICE = {  # by state, and by error where that says more
     "Report": "Open the processing job's log in CloudWatch; the trained model is kept in the run's folder.",
     "BuildServer": "Open the build's log in CodeBuild.",
     "Deploy": "The endpoint's FailureReason is above; its log is in CloudWatch under /aws/sagemaker/Endpoints.",
-    "EndpointOvertaken": 'To serve that one, start an execution with "action": "deploy" and this "model_package".',
     "ReadChampion": "No model is deployed yet: start an execution with {}, or name a model_package.",
     "ClassifyBatch": "Open the processing job's log in CloudWatch.",
     "SmokeTest": "The new model gave wrong answers through the API and was taken back; the previous one serves.",
@@ -625,7 +626,7 @@ def _missed(config: StageConfig) -> Json:
     theirs = "' Another execution deployed meanwhile and its model serves; the one of this run is ' & $champion.model_package & '.'"
     return {
         "state": "Deploy",
-        "error": ask(f"{overtaken} ? 'EndpointOvertaken' : 'EndpointNotInService'"),
+        "error": ask(f"{overtaken} ? '{OVERTAKEN}' : 'EndpointNotInService'"),
         "cause": ask(
             f"'Endpoint {config.prefix} is ' & $endpoint.status & ' with configuration ' & $endpoint.config & "
             f"'; expected InService with ' & $endpoint_config & ' within {config.endpoint.deadline_s} s.' & "
@@ -862,8 +863,7 @@ def _explanation(config: StageConfig) -> str:
     advice = {state: text for state, text in ADVICE.items() if not (state == "BuildServer" and config.serving_image_uri)}
     return (
         f"($why := {_reason()}; "
-        f"$advices := {json.dumps(advice)}; $ours := $lookup($advices, $failure.error); "
-        "$advice := $exists($ours) ? $ours : $lookup($advices, $failure.state); "
+        f"$advice := $failure.error = '{OVERTAKEN}' ? '{OVERTAKEN_ADVICE}' : $lookup({json.dumps(advice)}, $failure.state); "
         "$end := $substring($why, -1) in ['.', '!', '?'] ? ' ' : '. '; "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & $end & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "
