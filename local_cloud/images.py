@@ -80,7 +80,7 @@ class Images:
     def __init__(self, cloud: Cloud) -> None:
         self._cloud = cloud
         self.pushing = threading.Lock()
-        """Held while an image's tag and its file are written, so that who finds the tag finds the file."""
+        """Held while an image's tag and its file are written: a build that finds the tag taken may rely on the file."""
 
     def built(self, repository: str, tag: str) -> Path:
         """File that describes the image ``repository:tag`` built here."""
