@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -122,6 +123,14 @@ def inside(process: psutil.Process, folders: list[Path]) -> bool:
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
     return any(str(folder) in word for folder in folders for word in words)
+
+
+def copy_few(pictures: Path, target: Path, per_class: int) -> None:
+    """The first ``per_class`` pictures of each ``<split>/<class>/`` folder, where the chain is under test and not the accuracy."""
+    for folder in pictures.glob("*/*"):
+        (target / folder.relative_to(pictures)).mkdir(parents=True)
+        for picture in sorted(folder.glob("*.png"))[:per_class]:
+            shutil.copy(picture, target / picture.relative_to(pictures))
 
 
 @pytest.fixture(scope="session")

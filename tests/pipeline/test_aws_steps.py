@@ -17,7 +17,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from deployment import Account
+from deployment import Account, copy_few
 
 from local_cloud import run
 
@@ -144,11 +144,7 @@ def test_somebody_who_follows_the_readme_meets_no_other_step(
     (named,) = re.findall(r"prints four outputs: (.*?)\. Then", section("Deploy on AWS"))
     assert set(re.findall(r"`(\w+)`", named)) == set(outputs)
 
-    for source in sorted(digits.glob("*/*/*.png")):
-        target = project / "my-pictures" / source.relative_to(digits)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if len(list(target.parent.iterdir())) < PER_CLASS:
-            shutil.copy(source, target)
+    copy_few(digits, project / "my-pictures", PER_CLASS)
     shutil.copy(next(digits.glob("test/3/*.png")), project / "dog.png")
     for command in upload:
         terminal.run(fill(command, outputs))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import Account, Deployment
+from deployment import Account, Deployment, copy_few
 from rich.console import Console
 
 from local_cloud import run, source
@@ -36,11 +35,7 @@ LIMIT_S = 2400
 def twins(cloud: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deployment:
     monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
     quiet, few = Console(quiet=True), tmp_path / "digits"
-    for picture in sorted(digits.glob("*/*/*.png")):
-        target = few / picture.relative_to(digits)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if len(list(target.parent.iterdir())) < PER_CLASS:
-            shutil.copy(picture, target)
+    copy_few(digits, few, PER_CLASS)
     outputs = run.deploy(int(cloud.url.rsplit(":", 1)[1]), "local", OVERRIDE, cloud.root, quiet)
     run.upload(source.Source("local", source._zip(few, tmp_path), None), None, outputs["DataBucket"], quiet)
     token = cloud.client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
