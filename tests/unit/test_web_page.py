@@ -248,6 +248,7 @@ def test_it_works_by_keyboard(opened: Callable[..., Any]):
     page.focus("#token")
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "choose"  # its answer also says that the chooser is listened for
         page.keyboard.press("Enter")
     chooser.value.set_files({"name": "r.png", "mimeType": "image/png", "buffer": colour("red")})
     names(page)
