@@ -122,8 +122,11 @@ def expressions(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, found
 
 
-def result_form(shape: Shape | None, depth: int = 6) -> Form:
-    """The form of an API's answer as Step Functions shows it: member names begin with a capital letter."""
+def result_form(shape: Shape | None, depth: int = 8) -> Form:
+    """The form of an API's answer as Step Functions shows it: member names begin with a capital letter.
+
+    Shapes may hold themselves, so ``depth`` ends it: enough for the deepest that is read, the message of a build's phase.
+    """
     if depth == 0 or shape is None:
         return None
     if isinstance(shape, StructureShape):
@@ -151,12 +154,12 @@ def tree(text: str) -> Any:
     return Jsonata(text).ast
 
 
-def children(node: Any) -> Iterator[Any]:
-    """The nodes directly below one."""
-    for name, value in vars(node).items():
-        if name.startswith("_outer") or name in ("ancestor", "slot", "seeking_parent", "next_function"):
-            continue
-        yield from _nodes(value)
+@functools.lru_cache(maxsize=200_000)
+def children(node: Any) -> tuple[Any, ...]:
+    """The nodes directly below one. Kept: a definition is looked through many times, and ``tree`` keeps its nodes."""
+    outside = ("ancestor", "slot", "seeking_parent", "next_function")
+    held = [value for name, value in vars(node).items() if not name.startswith("_outer") and name not in outside]
+    return tuple(child for value in held for child in _nodes(value))
 
 
 def _nodes(value: Any) -> Iterator[Any]:
