@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -32,6 +33,12 @@ OPERATIONS = frozenset(
 
 _HISTORY_PAGE = 100
 _NAME = re.compile(r"[^\s<>{}\[\]?*\"#%\\^|~`$&,;:/\x00-\x1f\x7f-\x9f]{1,80}")
+
+
+@functools.lru_cache(maxsize=32)
+def _parse(definition: str) -> None:
+    """Raises what moto's parser raises. Kept, since every start asks and it takes the better part of a second."""
+    AmazonStateLanguageParser.parse(definition)
 
 
 class StepFunctions:
@@ -82,6 +89,7 @@ class StepFunctions:
         return execution
 
     def _start(self, request: dict[str, Any]) -> dict[str, Any]:
+        asked = datetime.now(UTC)
         machine = self._machine(request["stateMachineArn"])
         name = request.get("name") or str(uuid.uuid4())
         if not _NAME.fullmatch(name):
@@ -103,7 +111,7 @@ class StepFunctions:
                 raise ServiceError("ExecutionAlreadyExists", f"Execution Already Exists: '{arn}'")
             execution = Execution(
                 name=name, sm_type=machine.sm_type, role_arn=machine.role_arn, exec_arn=arn, account_id=self._cloud.account,
-                region_name=self._cloud.region, state_machine=machine, start_date=datetime.now(UTC),
+                region_name=self._cloud.region, state_machine=machine, start_date=asked,
                 cloud_watch_logging_session=None, activity_store={}, input_data=text,
             )  # fmt: skip
             self._executions[arn] = execution
@@ -117,7 +125,7 @@ class StepFunctions:
         except client.exceptions.StateMachineDoesNotExist as error:
             raise ServiceError("StateMachineDoesNotExist", f"State Machine Does Not Exist: '{arn}'") from error
         try:
-            AmazonStateLanguageParser.parse(found["definition"])
+            _parse(found["definition"])
         except Exception as error:
             raise ServiceError("InvalidDefinition", f"Invalid State Machine Definition: {error}") from error
         return StateMachineInstance(
