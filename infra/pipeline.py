@@ -621,16 +621,14 @@ def _wait_states(config: StageConfig) -> Json:
 
 
 def _missed(config: StageConfig) -> Json:
-    """Why the endpoint does not serve the new configuration; one that another execution put there has a name of its own."""
-    overtaken = "$endpoint.status = 'InService' and $not($endpoint.config in [$endpoint_config, $previous_config])"
-    theirs = "' Another execution deployed meanwhile and its model serves; the one of this run is ' & $champion.model_package & '.'"
+    """Why the endpoint does not serve the new configuration."""
     return {
         "state": "Deploy",
-        "error": ask(f"{overtaken} ? '{OVERTAKEN}' : 'EndpointNotInService'"),
+        "error": "EndpointNotInService",
         "cause": ask(
             f"'Endpoint {config.prefix} is ' & $endpoint.status & ' with configuration ' & $endpoint.config & "
             f"'; expected InService with ' & $endpoint_config & ' within {config.endpoint.deadline_s} s.' & "
-            f"({overtaken} ? {theirs} : $endpoint.reason = '' ? '' : ' ' & $endpoint.reason)"
+            "($endpoint.reason = '' ? '' : ' ' & $endpoint.reason)"
         ),
     }
 
@@ -756,8 +754,12 @@ def _restore_states(config: StageConfig) -> Json:
         "HasPrevious": {
             "Type": "Choice",
             "Choices": [
-                {"Condition": ask("$endpoint.config = $previous_config"), "Next": "CleanUp"},
-                {"Condition": ask("$endpoint.config != $endpoint_config"), "Next": "CleanUp"},
+                {"Condition": ask("$endpoint.config in ['', $previous_config]"), "Next": "CleanUp"},
+                {
+                    "Condition": ask("$endpoint.config != $endpoint_config"),
+                    "Next": "CleanUp",
+                    "Assign": {"failure": _overtaken()},
+                },
                 {"Condition": ask("$previous_config != ''"), "Next": "RestorePrevious"},
             ],
             "Default": "RemoveEndpoint",
@@ -837,6 +839,12 @@ def _late_report_states(config: StageConfig) -> Json:
         },
         "ReportFailure": report,
     }
+
+
+def _overtaken() -> Json:
+    """What failed because another execution's configuration took the place of this one's: the wait for it, or its smoke test."""
+    theirs = "' Another execution deployed meanwhile and its model serves; the one of this run is ' & $champion.model_package & '.'"
+    return {"state": ask("$failure.state"), "error": OVERTAKEN, "cause": ask(f"{_reason()} & {theirs}")}
 
 
 def _described(cause: str) -> str:

@@ -964,12 +964,14 @@ def test_of_two_executions_at_once_the_second_waits_for_the_first(state: str, me
 
 def test_a_model_that_another_execution_has_deployed_is_not_taken_back():
     """Ours was wrong, but theirs serves by now."""
-    account = Account(SmokeTest=TaskError("SmokeTestError", "wrong"))
+    account = Account(SmokeTest=TaskError("SmokeTestError", "wrong."))
     account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
     account.faults["CheckCurrent"] = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-theirs"}
-    machine, last, _ = walk({}, account=account)
+    machine, last, output = walk({}, account=account)
     assert last == "Failed"
     assert not {"RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
+    assert "failed in SmokeTest (EndpointOvertaken): wrong. Another execution deployed meanwhile" in output["Cause"]
+    assert "was taken back" not in output["Cause"]
 
 
 def test_who_was_overtaken_while_waiting_is_told_how_to_serve_his_model():
