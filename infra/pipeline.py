@@ -843,7 +843,10 @@ def _late_report_states(config: StageConfig) -> Json:
 
 def _overtaken() -> Json:
     """What failed because another execution's configuration took the place of this one's: the wait for it, or its smoke test."""
-    theirs = "' Another execution deployed meanwhile and its model serves; the one of this run is ' & $champion.model_package & '.'"
+    theirs = (
+        "' Another execution deployed meanwhile: the endpoint is ' & $endpoint.status & ' with ' & $endpoint.config & "
+        "'. The model of this run is ' & $champion.model_package & '.'"
+    )
     return {"state": ask("$failure.state"), "error": OVERTAKEN, "cause": ask(f"{_reason()} & {theirs}")}
 
 

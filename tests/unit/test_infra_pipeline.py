@@ -966,11 +966,14 @@ def test_a_model_that_another_execution_has_deployed_is_not_taken_back():
     """Ours was wrong, but theirs serves by now."""
     account = Account(SmokeTest=TaskError("SmokeTestError", "wrong."))
     account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
-    account.faults["CheckCurrent"] = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-theirs"}
+    account.faults["CheckCurrent"] = {"EndpointStatus": "Updating", "EndpointConfigName": "dogs-dev-theirs"}
     machine, last, output = walk({}, account=account)
     assert last == "Failed"
     assert not {"RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
-    assert "failed in SmokeTest (EndpointOvertaken): wrong. Another execution deployed meanwhile" in output["Cause"]
+    assert (
+        "failed in SmokeTest (EndpointOvertaken): wrong. Another execution deployed meanwhile: the endpoint is Updating"
+        in output["Cause"]
+    )
     assert "was taken back" not in output["Cause"]
 
 
@@ -983,7 +986,10 @@ def test_who_was_overtaken_while_waiting_is_told_how_to_serve_his_model():
     assert last == "Failed"
     assert not {"RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
     package = "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/1"
-    said = f"Another execution deployed meanwhile and its model serves; the one of this run is {package}. To serve that one, start"
+    said = (
+        "Another execution deployed meanwhile: the endpoint is InService with dogs-dev-theirs. "
+        f"The model of this run is {package}. To serve that one, start"
+    )
     assert (
         "failed in Deploy (EndpointOvertaken): Endpoint dogs-dev is InService with configuration dogs-dev-theirs" in output["Cause"]
     )
