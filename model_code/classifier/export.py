@@ -99,7 +99,6 @@ def export(setup: Setup, network: nn.Module, history: list[dict[str, Any]], fold
     network = network.cpu()  # exported and compared where it will serve
     save_file({key: value.detach().contiguous() for key, value in network.state_dict().items()}, folder / "weights.safetensors")
     explanation = _write_network(network, setup.preprocessing.image_size, folder)
-    best = max(history, key=lambda row: row["valid_top1"]) if history else {}
     description: dict[str, Any] = {
         "format": 2,
         "architecture": setup.config.backbone,
@@ -112,7 +111,7 @@ def export(setup: Setup, network: nn.Module, history: list[dict[str, Any]], fold
         "dataset_hash": setup.info.hash,
         "hyperparameters": asdict(setup.config),
         "precision": setup.precision,
-        "valid_top1": best.get("valid_top1"),
+        "valid_top1": history[-1]["best_valid_top1"] if history else None,
         "history": history,
         "versions": versions(),
         "onnx": {"opset": OPSET},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -68,25 +69,55 @@ def test_accumulated_parts_make_the_same_step():
         assert torch.allclose(states[1][name].float(), value.float(), atol=2e-5), name
 
 
-def test_a_linear_probe_comes_before_the_fine_tuning(dataset: Path, tmp_path: Path, monkeypatch, capsys):
+@pytest.fixture
+def probed(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> training.Setup:
+    """A run of lp-ft whose probe has been trained, and which has not begun to fine-tune; what it said is the test's to read."""
     torch.manual_seed(0)
     network = model.build("resnet18")
     model.split_head(network)
     settings = {"recipe": "lp-ft", "pretrained": "channel", "image_size": 32}
     features.cache(training.read_info(dataset), network.eval(), "resnet18", config(**settings), tmp_path / "features")
     monkeypatch.setenv("SM_CHANNEL_FEATURES", str(tmp_path / "features"))
-    setup = training.prepare_run(config(**{**settings, "backbone": "auto"}, probe_epochs=20, epochs=1, learning_rate=0.01))
-    assert setup.config.backbone == "resnet18"
+    return training.prepare_run(config(**{**settings, "backbone": "auto"}, probe_epochs=20, epochs=1, learning_rate=0.01))
+
+
+def test_a_linear_probe_comes_before_the_fine_tuning(probed: training.Setup, tmp_path: Path, capsys):
+    assert probed.config.backbone == "resnet18"
     said = capsys.readouterr().out
     assert "linear probe ended with top1_on_valid=" in said
     assert "valid_top1=" not in said, "the probe's epochs are none of the trial's"
-    trainer = training.Run.begin(setup).trainer
-    before = engine.evaluate(trainer, setup.valid, observer=engine.Silent())
+    trainer = training.Run.begin(probed).trainer
+    before = engine.evaluate(trainer, probed.valid, observer=engine.Silent())
     assert before.top1 >= 0.6, "fine-tuning begins with the head that the probe found"
-    history = training.fit(setup)
-    described = export.export(setup, training.whole_model(setup), history, tmp_path / "model")
+    history = training.fit(probed)
+    described = export.export(probed, training.whole_model(probed), history, tmp_path / "model")
     assert described["hyperparameters"]["recipe"] == "lp-ft"
+    assert described["valid_top1"] == engine.evaluate(trainer, probed.valid, observer=engine.Silent()).top1
     assert isinstance(ServedModel(tmp_path / "model").labels, list)
+
+
+@pytest.mark.parametrize(("middle", "kept"), [(0.9, 0.5), (0.5, 0.5), (0.3, 1.0)], ids=["better", "of-less-loss", "worse"])
+def test_lp_ft_keeps_the_mean_of_probe_and_fine_tuned_weights_where_it_is_better(
+    probed: training.Setup, middle: float, kept: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    start = copy.deepcopy(probed.network.state_dict())
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(trainer: engine.Trainer, *_: object, **__: object) -> engine.Result:
+        judged.append(copy.deepcopy(trainer.judged.state_dict()))
+        return engine.Result(loss=1.0 / len(judged), top1=(0.5, middle)[len(judged) - 1], seconds=0.0, examples=1)
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    history = training.fit(probed)
+    assert history[-1]["valid_top1"] == 0.5
+    assert history[-1]["best_valid_top1"] == max(0.5, middle)
+    tuned = judged[0]
+    assert not torch.equal(tuned["conv1.weight"], start["conv1.weight"])
+    for name, value in probed.network.state_dict().items():
+        assert torch.allclose(value.double(), start[name].double().lerp(tuned[name].double(), kept), atol=1e-6), name
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f"top1_on_valid={middle:.4f} best_valid_top1={max(0.5, middle):.4f}")
+    assert " valid_top1=" not in said, "the metric of the last epoch stays the last"
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "convnext_tiny", "efficientnet_v2_s", "swin_t", "vit_b_16"])
