@@ -314,7 +314,6 @@ EPOCHS = 4
 RECIPES: dict[str, dict[str, str]] = {
     "head": {"recipe": "head", "epochs": "30", "batch_size": "128", "learning_rate": "0.03"},
     "lp-ft": {"recipe": "lp-ft", "epochs": str(EPOCHS), "learning_rate": "0.03"},
-    "lp-ft, twice as long": {"recipe": "lp-ft", "epochs": str(2 * EPOCHS), "learning_rate": "0.03"},
     "finetune": {"recipe": "finetune", "epochs": str(EPOCHS), "learning_rate": "0.05", "backbone_lr_scale": "0.005"},
     "scratch": {"recipe": "scratch", "pretrained": "none", "image_size": "64", "epochs": "10", "horizontal_flip": "true"},
 }

@@ -63,7 +63,8 @@ class TrainingConfig:
 
     recipe: str = "head"
     """head: linear layer on cached features; finetune: all weights from a pretrained start; lp-ft: the head first, on cached
-    features, then all weights (Kumar et al., 2022, arXiv:2202.10054); scratch: all weights from random."""
+    features, then all weights (Kumar et al., 2022, arXiv:2202.10054), half way where that is better; scratch: all weights from
+    random."""
     backbone: str = "mobilenet_v2"
     """A torchvision classification builder, or ``auto``: recognised from the weights in the channel ``pretrained``."""
     pretrained: str = "torchvision"
