@@ -103,6 +103,7 @@ def _note_times(root: psutil.Process, seen: dict[tuple[str, str], tuple[int, int
 
 def measure(source: Path, work: Path, picture_size: int) -> dict[str, Any]:
     """Prepare ``source`` once. Raises RuntimeError when that fails."""
+    os.sync()  # pictures just made would be written to the disk meanwhile, which slows the first runs and not the later ones
     out = Path(tempfile.mkdtemp(dir=work))
     places = {"dataset_root": (out / "d").as_uri(), "dataset": str(out / "d"), "result": str(out / "r")}
     command = [sys.executable, str(PROJECT / "model_code" / "prepare.py"), "--source", source.as_uri()]
@@ -114,7 +115,8 @@ def measure(source: Path, work: Path, picture_size: int) -> dict[str, Any]:
         with suppress(psutil.Error):
             peak = max(peak, _tree_memory(root))
             _note_times(root, times)
-        time.sleep(SAMPLE_S)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(SAMPLE_S)  # not sleep: the time is to end with the job, not with the sample
     seconds = time.monotonic() - started
     if child.returncode:
         raise RuntimeError(f"prepare.py ended with status {child.returncode}; its message is above")
