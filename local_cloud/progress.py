@@ -109,6 +109,8 @@ class Follower:
         elif kind.endswith("StateExited") and self.visits:
             visit = next(v for v in reversed(self.visits) if v.name == event["stateExitedEventDetails"]["name"])
             visit.ended_s = at_s
+            if visit.kind not in _QUIET:
+                self._read_trials()  # so that what a state did is said before its end
             how = f"caught {visit.failed}" if visit.failed else "done"
             self._say(visit, f"  {visit.name} {how} in {at_s - visit.started_s:.1f} s")
         elif kind in ("TaskFailed", "TaskTimedOut") and self.visits:

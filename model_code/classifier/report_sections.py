@@ -108,7 +108,7 @@ def _figures(facts: Facts) -> list[tuple[str, object, str]]:
         ("Test top5", test.get("top5"), _interval(test.get("top5_interval"))),
         ("Calibration error", test.get("ece_after"), "" if before is None else f"{plain(before)} before scaling"),
         ("Champion top1", champion.get("top1"), "on the same test split"),
-        ("Rules fired", f"{fired} of {count}", "see the findings"),
+        ("Rules fired", f"{fired} of {count}", "see the findings" if trained(facts) else "no training to judge"),
         ("Cost, estimated", dollars(facts["cost_usd"]), partly or f"list prices of {REGION}, {PRICED_ON}"),
         ("Duration of the jobs", duration(facts["seconds"]), "all jobs added up"),
         ("Milliseconds per picture", (found.get("latency_ms") or {}).get("p50"), "median, decoding included"),
@@ -120,6 +120,11 @@ def _interval(bounds: list[float] | None) -> str:
 
 
 # --- findings ----------------------------------------------------------------------------------------------------------------
+
+
+def trained(facts: Facts) -> bool:
+    """Whether a training has left anything that rules can judge."""
+    return bool(facts["history"] or facts["saved_losses"])
 
 
 def rule_rows(facts: Facts) -> list[Facts]:
@@ -147,7 +152,8 @@ def findings(facts: Facts) -> str:
         return absent("No rule has run: neither tensors nor epochs were left by the training.")
     fired = [row for row in rows if row["fired"]]
     quiet: Rows = [[row["rule"], row["detail"], row["threshold"], row["source"]] for row in rows if not row["fired"]]
-    lead = f"<p>{len(fired)} of {len(rows)} rules fired.</p>"
+    quiet_why = "" if trained(facts) else " The training has left no loss and no epoch: most rules had nothing to judge."
+    lead = f"<p>{len(fired)} of {len(rows)} rules fired.{quiet_why}</p>"
     fine = table("quiet-rules", "Rules that did not fire", ["rule", "what it saw", "threshold", "source"], quiet) if quiet else ""
     return lead + "".join(map(_finding, fired)) + details("quiet", f"Rules that did not fire ({len(quiet)})", fine)
 

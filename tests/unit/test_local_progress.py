@@ -186,7 +186,8 @@ HISTORY = [
 ]
 
 
-def test_an_execution_is_followed_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("histories", [(HISTORY[:5], HISTORY[:7], HISTORY), (HISTORY,)], ids=["as it goes", "seen late"])
+def test_an_execution_is_followed_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], histories: Any) -> None:
     log = tmp_path / "training" / "dogs-local-train-0123456789abcdef.log"
     log.parent.mkdir()
     log.write_text(f"{EPOCH}\n")
@@ -194,7 +195,7 @@ def test_an_execution_is_followed_line_by_line(tmp_path: Path, capsys: pytest.Ca
         trial(2, "Failed", batch_size="128", learning_rate="0.05") | {"FailureReason": "AlgorithmError: too large, exit code: 1"},
         trial(1, "Completed", 0.9312, batch_size="64", learning_rate="0.0123456", sagemaker_program="hpo.py"),
     ]
-    shown = follower(tmp_path, (HISTORY[:5], HISTORY[:7], HISTORY), SageMaker(trials))
+    shown = follower(tmp_path, histories, SageMaker(trials))
     ended = shown.follow()
     assert ended["status"] == "SUCCEEDED"
     assert capsys.readouterr().out.splitlines() == [
@@ -203,8 +204,8 @@ def test_an_execution_is_followed_line_by_line(tmp_path: Path, capsys: pytest.Ca
         "  trial 002: batch_size=128 learning_rate=0.05 → no objective (Failed: AlgorithmError: too large, exit code: 1)",
         "  Tune done in 8.0 s",
         "▸ Train",
-        "  Train done in 5.5 s",
         f"    dogs-local-train epoch 3/10 {'█' * 6}{'░' * 14} {EPOCH.partition(' ')[2]}",
+        "  Train done in 5.5 s",
     ]
     assert shown.seconds() == {"Tune": 8.0, "Train": 5.5}
 

@@ -83,6 +83,15 @@ def test_fired_rules_come_first_with_what_was_seen_where_and_what_to_change(tmp_
         assert part in html
 
 
+def test_rules_without_a_training_are_not_taken_for_passed(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    assert "nothing to judge" not in section(report(tmp_path)[1], "findings")
+    remove("evaluation")(run)
+    _, html = report(tmp_path)
+    assert "most rules had nothing to judge" in section(html, "findings")
+    assert "no training to judge" in html
+
+
 def test_each_job_has_its_duration_and_an_estimated_cost(tmp_path: Path):
     write_run(tmp_path / "run")
     facts, html = report(tmp_path)
