@@ -163,7 +163,7 @@ def cloud(port: int, root: Path, console: Console) -> Iterator[Path]:
         child = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
         try:
             _wait_until_up(child, port, log)
-            console.print(f"Local cloud: http://localhost:{port}")
+            console.print(f"Local cloud: AWS_ENDPOINT_URL=http://localhost:{port}")
             yield root
         except RunError:
             raise
