@@ -1,13 +1,15 @@
 """Our serving container against others: same network, same pictures, same machine, load from another process.
 
 Sections: ``throughput`` (all servers at 1, 4, 16 and 64 clients, and at half their own load), ``start`` (from the command to the
-first answer), ``overload`` (ten times what the server can do, for minutes), ``forms`` (what a CPU makes of one network).
+first answer), ``overload`` (ten times what the server can do, for minutes), ``sizes`` (small and large JPEGs), ``forms`` (what a
+CPU makes of one network).
 `python bench/serving.py throughput --seconds 8`. Peers get environments of their own below build/peers, made at the first run.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -36,7 +38,9 @@ MODEL_CODE = PROJECT / "model_code"
 HERE = Path(__file__).resolve().parent
 PEERS = PROJECT / "build" / "peers"
 PICTURES = 64
+REFERENCE = "torchvision's Resize and CenterCrop, our model"
 CLIENTS = (1, 4, 16, 64)
+SIZES = ((500, 400), (1600, 1200), (4000, 3000))
 ARCHITECTURE = "resnet18"
 ENVIRONMENTS = {
     "torch": ["torch==2.13.0", "torchvision==0.28.0", "pillow", "fastapi==0.139.0", "uvicorn", "litserve==0.2.17",
@@ -265,12 +269,12 @@ def limits(model: Path, pictures: Path, seconds: float) -> dict[str, float]:
     """Pictures a second of the model alone, and of decoding and model, on as many threads as there are CPUs; no HTTP."""
     from classifier.cpus import cpu_count
     from classifier.served_model import ServedModel
-    from classifier.serving import decode, normalise
+    from classifier.serving import normalise
 
     threads = cpu_count()
     served = ServedModel(model, threads)
     bodies = [file.read_bytes() for file in sorted(pictures.glob("*.jpg"))]
-    ready = [normalise(served.square(decode(body))[None], served.preprocessing) for body in bodies]
+    ready = [normalise(served.square(served.decode(body))[None], served.preprocessing) for body in bodies]
 
     def rate(work: Callable[[int], object]) -> float:
         end = time.perf_counter() + seconds
@@ -288,7 +292,7 @@ def limits(model: Path, pictures: Path, seconds: float) -> dict[str, float]:
     rate(lambda number: served.logits(ready[number]))
     return {
         "model alone": rate(lambda number: served.logits(ready[number])),
-        "decoding + model": rate(lambda number: served.predict(decode(bodies[number]))),
+        "decoding + model": rate(lambda number: served.predict(served.decode(bodies[number]))),
     }
 
 
@@ -375,6 +379,39 @@ def bench_overload(model: Path, pictures: Path, seconds: float) -> None:
     keep("overload", harness.plain(["overload", "value"], rows))
 
 
+def bench_sizes(model: Path, pictures: Path, seconds: float) -> None:
+    """From a JPEG's bytes to its class on one thread, against torchvision's Resize and CenterCrop before the same model."""
+    from classifier.served_model import ServedModel
+    from classifier.serving import normalise
+    from PIL import Image
+    from torchvision import transforms
+
+    served, reference = ServedModel(model, 1), transforms.Compose([transforms.Resize(224), transforms.CenterCrop(224)])
+    cases: dict[str, Json] = {}
+    for width, height in SIZES:
+        bodies = []
+        for file in sorted(pictures.glob("*.jpg"))[:8]:
+            out = io.BytesIO()
+            Image.open(file).resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+            bodies.append(out.getvalue())
+
+        def theirs(bodies: list[bytes] = bodies) -> int:
+            for body in bodies:
+                square = np.asarray(reference(Image.open(io.BytesIO(body)).convert("RGB")))
+                served.logits(normalise(square[None], served.preprocessing))
+            return len(bodies)
+
+        def ours(bodies: list[bytes] = bodies) -> int:
+            for body in bodies:
+                served.predict(served.decode(body))
+            return len(bodies)
+
+        name = f"{width}×{height}"
+        cases[name] = harness.compare({REFERENCE: theirs, "ours": ours}, against=REFERENCE, rounds=7, title=name)
+        print(name, {peer: row["median"] for peer, row in cases[name].items()}, flush=True)
+    keep("sizes", harness.record("sizes", cases, against=REFERENCE))
+
+
 def keep(section: str, found: Json) -> None:
     """Put a section into bench/results/serving.json."""
     path = harness.RESULTS / "serving.json"
@@ -386,7 +423,7 @@ def keep(section: str, found: Json) -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"throughput": bench_throughput, "start": bench_start, "overload": bench_overload}
+    sections = {"throughput": bench_throughput, "start": bench_start, "sizes": bench_sizes, "overload": bench_overload}
     parser.add_argument("section", nargs="*", help=f"some of {', '.join(sections)}, forms; all without")
     parser.add_argument("--seconds", type=float, default=8, help="for each measurement")
     parser.add_argument("--overload-seconds", type=float, default=300)

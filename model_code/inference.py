@@ -135,12 +135,12 @@ def input_fn(body: bytes, content_type: str) -> Image.Image:
     return decoded(body)
 
 
-def decoded(body: bytes) -> Image.Image:
-    """One picture. Raises RequestError 413 or 422."""
+def decoded(body: bytes, short_side: int = 0) -> Image.Image:
+    """One picture; ``short_side`` as for ``serving.decode``. Raises RequestError 413 or 422."""
     if not body:
         raise RequestError(422, "empty_body", "the body is empty: send the bytes of one picture")
     try:
-        return decode(body)
+        return decode(body, short_side)
     except PictureTooLargeError as problem:
         raise RequestError(413, "too_many_pixels", f"{problem}: send a smaller picture") from None
     except PictureError as problem:

@@ -97,7 +97,8 @@ class Service:
     def one(self, body: bytes, parameters: Parameters) -> dict[str, Any]:
         """Decode and predict; runs in a worker thread. Raises RequestError."""
         started = time.perf_counter()
-        answer = predict_fn(decoded(body), self.ready(), parameters)
+        model = self.ready()
+        answer = predict_fn(decoded(body, model.preprocessing.resize_size), model, parameters)
         took = time.perf_counter() - started
         self.pace_s += SMOOTHING * (took - self.pace_s) if self.pace_s else took
         return answer
@@ -111,7 +112,8 @@ class Service:
 
     def explanation(self, body: bytes, parameters: Parameters) -> tuple[bytes, str]:
         """Decode and explain; runs in a worker thread. Raises RequestError."""
-        return explain_fn(decoded(body), self.ready(), parameters)
+        model = self.ready()
+        return explain_fn(decoded(body, model.preprocessing.resize_size), model, parameters)
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:

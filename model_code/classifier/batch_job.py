@@ -22,7 +22,7 @@ from classifier.cpus import cpu_count
 from classifier.errors import ConfigError, DataError, base_dir
 from classifier.evaluation import unpack_model
 from classifier.served_model import ModelError, ServedModel
-from classifier.serving import PictureError, decode, normalise, top_k
+from classifier.serving import PictureError, normalise, top_k
 
 TOP = 5
 ROW_GROUP = 5_000
@@ -127,7 +127,7 @@ def _row(path: Path, folder: Path, model: ServedModel) -> Row:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise PictureError(f"more than {MAX_FILE_BYTES:,} bytes")
-        logits = model.logits(normalise(model.square(decode(path.read_bytes()))[None], model.preprocessing))
+        logits = model.logits(normalise(model.square(model.decode(path.read_bytes()))[None], model.preprocessing))
     except (PictureError, OSError) as problem:
         return row | {"error": str(problem)[:200]}
     found = top_k(np.asarray(model.probabilities(logits)[0]), model.labels, TOP)

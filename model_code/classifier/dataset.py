@@ -88,7 +88,7 @@ def decoded(info: DatasetInfo, split: str, resize_size: int, threads: int) -> It
 
 
 def _decode_one(data: bytes, label: int, resize_size: int) -> tuple[Pixels, int]:
-    return to_square(decode(data), resize_size), label
+    return to_square(decode(data, resize_size), resize_size), label
 
 
 class Pictures(Protocol):

@@ -27,7 +27,7 @@ from classifier.errors import DataError
 from classifier.forms import FORMS
 from classifier.pictures import write_thumbnail
 from classifier.served_model import HEAD, ServedModel, sha256
-from classifier.serving import Floats, Preprocessing, centre, decode, normalise
+from classifier.serving import Floats, Preprocessing, centre, normalise
 
 CODE = (
     "inference.py",
@@ -112,7 +112,7 @@ def latency(model: ServedModel, info: DatasetInfo, count: int = 40) -> dict[str,
     times = []
     for number, (_, _, data) in enumerate(members(info, "valid")):
         started = time.perf_counter()
-        model.predict(decode(data))
+        model.predict(model.decode(data))
         if number >= 3:
             times.append((time.perf_counter() - started) * 1000)
         if number >= count:
@@ -301,7 +301,7 @@ def write_selftest(model: ServedModel, smoke: Path, folder: Path) -> list[dict[s
     for example in json.loads((smoke / "smoke.json").read_text(encoding="utf-8")):
         name = f"selftest/{example['file']}"
         data = (smoke / example["file"]).read_bytes()
-        chances = model.predict(decode(data))
+        chances = model.predict(model.decode(data))
         best = int(chances.argmax())
         (folder / name).write_bytes(data)
         found.append({"file": name, "label": model.labels[best], "probability": round(float(chances[best]), 4)})

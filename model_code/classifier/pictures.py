@@ -29,9 +29,6 @@ again and 1.8 times as long to decode; no eye tells the two apart at that size."
 MAX_LOSSLESS_BYTES = 64 * 2**10
 """A picture that came without loss (PNG, BMP, GIF, TIFF) and stays this small as PNG is stored as PNG."""
 MAX_FILE_BYTES = 100 * 2**20
-DRAFT_MARGIN = 2
-"""A large JPEG is scaled while it is decoded, to no less than this many times the size needed: as Pillow's own thumbnails do
-(``reducing_gap``), since the antialiased resize that follows then leaves no visible difference."""
 THUMBNAIL, THUMBNAIL_QUALITY = 160, 80
 """Longest side in pixels, and JPEG quality, of a picture shown in the report: some 5 KB."""
 HASH_SIDE = 16
@@ -101,22 +98,13 @@ def _kept_as_it_is(picture: Image.Image, picture_size: int) -> bool:
     )
 
 
-def _draft(picture: Image.Image, picture_size: int) -> None:
-    """Let libjpeg decode a much too large JPEG at a half, a quarter or an eighth of its size."""
-    if picture.format not in ("JPEG", "MPO"):
-        return
-    factor = DRAFT_MARGIN * picture_size / min(picture.size)
-    if factor <= 0.5:
-        picture.draft(None, (round(picture.width * factor), round(picture.height * factor)))  # type: ignore[arg-type]
-
-
 def normalise(data: bytes, picture_size: int) -> Stored:
     """The stored form: upright, RGB or grey, short side at most ``picture_size`` pixels. Raises PictureError."""
     picture = serving.open_picture(data)
     source_format = picture.format
     try:
         keep = _kept_as_it_is(picture, picture_size)
-        _draft(picture, picture_size)
+        serving.draft(picture, picture_size)
         picture.load()  # also for a picture that is kept: damage shows only here
         if keep:
             return Stored(data, "jpg", picture)

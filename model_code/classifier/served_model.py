@@ -87,6 +87,10 @@ class ServedModel:
         """``(B, 3, S, S) float32`` to ``(B, C) float32``."""
         return self._engine.run(batch, ["logits"])[0]
 
+    def decode(self, data: bytes) -> Image.Image:
+        """A picture for the other functions; of a large JPEG no more pixels than they need. Raises PictureError."""
+        return decode(data, self.preprocessing.resize_size)
+
     def square(self, picture: Image.Image) -> Pixels:
         """What the network sees of a picture: ``(S, S, 3) uint8``."""
         return centre(to_square(picture, self.preprocessing.resize_size), self.preprocessing.image_size)
@@ -135,7 +139,7 @@ class ServedModel:
         examples = self.info.get("selftest") or []
         times = []
         for example in examples:
-            picture = decode((self.folder / example["file"]).read_bytes())
+            picture = self.decode((self.folder / example["file"]).read_bytes())
             started = time.perf_counter()
             chances = self.predict(picture)
             times.append((time.perf_counter() - started) * 1000)

