@@ -279,7 +279,7 @@ def execute(
     outputs: dict[str, str], machine_input: dict[str, Any], root: Path, console: Console
 ) -> tuple[Follower, dict[str, Any]]:
     states = client("stepfunctions")
-    name = datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S")
+    name = datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S-%f")[:-3]  # to the millisecond: a name can be used once
     started = states.start_execution(stateMachineArn=outputs["StateMachineArn"], name=name, input=json.dumps(machine_input))
     console.print(f"Execution {name}, input {json.dumps(machine_input)}", markup=False)
     console.print(f"Live report: {os.environ['AWS_ENDPOINT_URL']}{live.PREFIX}{name}", markup=False)

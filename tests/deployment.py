@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -75,6 +76,18 @@ class Deployment:
         """Calls that IAM has refused so far."""
         path = self.cloud.root / "denied.jsonl"
         return path.read_text().splitlines() if path.exists() else []
+
+
+def destroy(cloud: Any, stage: str, override: dict[str, Any]) -> None:
+    """``cdk destroy`` of the stack that a stage and an override give."""
+    port = int(cloud.url.rsplit(":", 1)[1])
+    context = {"stage": stage, "override": json.dumps(override)}
+    words = [word for name, value in context.items() for word in ("-c", f"{name}={value}")]
+    command = [str(run.PROJECT / "node_modules" / ".bin" / "cdk"), "destroy", "--all", "--force", *words]
+    done = subprocess.run(
+        command, cwd=run.PROJECT, env=run.cdk_environment(port, cloud.root), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 class Account:

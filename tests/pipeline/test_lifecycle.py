@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import Account
+from deployment import Account, destroy
 from rich.console import Console
 
 from infra.verify.configurations import CONFIGURATIONS
@@ -43,15 +42,6 @@ def execution_leftovers(cloud: Any, prefix: str, bucket: str) -> None:
     sagemaker.create_endpoint_config(EndpointConfigName=f"{prefix}-{HEX}", ProductionVariants=[variant])
 
 
-def cdk(cloud: Any, *arguments: str, context: dict[str, str]) -> None:
-    port = int(cloud.url.rsplit(":", 1)[1])
-    words = [word for name, value in context.items() for word in ("-c", f"{name}={value}")]
-    command = [str(run.PROJECT / "node_modules" / ".bin" / "cdk"), *arguments, *words]
-    environment = run.cdk_environment(port, cloud.root)
-    done = subprocess.run(command, cwd=run.PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-
-
 def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another(
     cloud: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -71,12 +61,7 @@ def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another
     champion = cloud.client("s3").get_object(Bucket=changed["DataBucket"], Key="champion.json")
     assert champion["Body"].read() == b"{ }"
 
-    context = {
-        "stage": "local",
-        "override": json.dumps({"name": "birds"}),
-        "api_url": f"{cloud.url}/restapis/{{api}}/{{stage}}/_user_request_",
-    }
-    cdk(cloud, "destroy", "--all", "--force", context=context)
+    destroy(cloud, "local", {"name": "birds"})
     assert "ImageClassifier-birds-local" not in account.stacks()
     left = account.holds("birds-local")
     # API Gateway's log role belongs to the account: CDK keeps it, and it costs nothing.
@@ -88,7 +73,7 @@ def test_a_stack_is_deployed_changed_destroyed_and_deployed_again_beside_another
     assert again["DataBucket"]
     assert cloud.client("s3").list_objects_v2(Bucket=again["DataBucket"])["KeyCount"] == 0
     for name in ("birds", "cats"):
-        cdk(cloud, "destroy", "--all", "--force", context={**context, "override": json.dumps({"name": name})})
+        destroy(cloud, "local", {"name": name})
     assert account.stacks() <= before | {"CDKToolkit"}
     assert set(account.runs()) <= set(ran_before)
 
@@ -102,6 +87,6 @@ def test_a_companys_stack_is_deployed_and_destroyed_here_too(cloud: Any, monkeyp
     override = {**json.loads(chosen.get("override", "{}")), "name": name.replace("-", "")[:5]}
     outputs = run.deploy(port, chosen["stage"], override, cloud.root, Console(quiet=True))
     assert set(outputs) >= {"ApiUrl", "StateMachineArn", "DataBucket", "TokenSecretArn"}
-    cdk(cloud, "destroy", "--all", "--force", context={"stage": chosen["stage"], "override": json.dumps(override)})
+    destroy(cloud, chosen["stage"], override)
     assert account.stacks() <= before | {"CDKToolkit"}
     assert set(account.runs()) <= set(ran_before)

@@ -64,7 +64,7 @@ def test_two_executions_in_the_same_second_end_well(finished, deployed, digits):
 
 def test_nothing_is_left_of_what_was_replaced_but_the_config_that_serves(finished, deployed):
     sagemaker = deployed.cloud.client("sagemaker")
-    assert [e["EndpointStatus"] for e in sagemaker.list_endpoints()["Endpoints"]] == ["InService"]
+    assert [e["EndpointStatus"] for e in sagemaker.list_endpoints(NameContains="dogs-local")["Endpoints"]] == ["InService"]
     running = [j for j in sagemaker.list_training_jobs()["TrainingJobSummaries"] if j["TrainingJobStatus"] == "InProgress"]
     assert running == []
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import Account, Deployment, copy_few
+from deployment import Account, Deployment, copy_few, destroy
 from rich.console import Console
 
 from local_cloud import run, source
@@ -32,14 +33,15 @@ LIMIT_S = 2400
 
 
 @pytest.fixture
-def twins(cloud: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deployment:
+def twins(cloud: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
     quiet, few = Console(quiet=True), tmp_path / "digits"
     copy_few(digits, few, PER_CLASS)
     outputs = run.deploy(int(cloud.url.rsplit(":", 1)[1]), "local", OVERRIDE, cloud.root, quiet)
     run.upload(source.Source("local", source._zip(few, tmp_path), None), None, outputs["DataBucket"], quiet)
     token = cloud.client("secretsmanager").get_secret_value(SecretId=outputs["TokenSecretArn"])["SecretString"]
-    return Deployment(cloud, outputs, token)
+    yield Deployment(cloud, outputs, token)
+    destroy(cloud, "local", OVERRIDE)
 
 
 def jobs(cloud: Any) -> list[str]:

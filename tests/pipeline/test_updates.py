@@ -34,21 +34,27 @@ Files = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def realtime(finished: Any, deployed: Any) -> Any:
-    """The stack with a real-time endpoint in place of the serverless one, and the run's model on it."""
-    override = {**OVERRIDE, "endpoint": ENDPOINT, "api": {"throttle_rate": 1000, "throttle_burst": 1000}}
+def realtime(finished: Any, deployed: Any) -> Iterator[Any]:
+    """The stack with a real-time endpoint in place of the serverless one, and the run's model on it; afterwards as it was."""
+    package = finished.output["model_package"]
+    change(deployed, {**OVERRIDE, "endpoint": ENDPOINT, "api": {"throttle_rate": 1000, "throttle_burst": 1000}}, package)
+    yield deployed
+    change(deployed, OVERRIDE, package)
+
+
+def change(deployed: Any, override: dict[str, Any], package: str) -> None:
+    """Deploy the stack anew, with an endpoint of its kind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", deployed.cloud.url)
         run.deploy(int(deployed.cloud.url.rsplit(":", 1)[1]), "local", override, deployed.cloud.root, Console(quiet=True))
     asleep(deployed)  # a serverless endpoint cannot become a real-time one
-    deploy(deployed, finished.output["model_package"])
-    return deployed
+    deploy(deployed, package)
 
 
 def asleep(deployed: Any) -> None:
     sagemaker = deployed.cloud.client("sagemaker")
     sagemaker.delete_endpoint(EndpointName=NAME)
-    while sagemaker.list_endpoints()["Endpoints"]:
+    while sagemaker.list_endpoints(NameContains=NAME)["Endpoints"]:
         time.sleep(0.2)
 
 
