@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import server
 import torch
 from classifier import choosing, export, feature_maps, forms, novelty, serving
 from classifier.served_model import ModelError, ServedModel, choose_form
@@ -277,10 +278,15 @@ def test_a_large_jpeg_comes_smaller_and_upright_and_looks_the_same():
     assert serving.decode(out.getvalue(), 601).size == (1200, 1600)  # less than twice as large: nothing to gain
 
 
-def test_the_server_does_not_decode_more_pixels_than_the_network_sees(model: Path):
+def test_the_server_decodes_no_more_pixels_than_the_network_needs(model: Path, monkeypatch: pytest.MonkeyPatch):
+    service, sizes, square = server.Service(str(model)), list[tuple[int, int]](), ServedModel.square
+    service.load()
+    monkeypatch.setattr(ServedModel, "square", lambda model, picture: sizes.append(picture.size) or square(model, picture))
     out = io.BytesIO()
     smooth(1600, 1200).save(out, "JPEG")
-    assert max(ServedModel(model).decode(out.getvalue()).size) < 400
+    assert service.one(out.getvalue(), server.Parameters())["predictions"]
+    service.explanation(out.getvalue(), server.Parameters(explain=True))
+    assert sizes == [(200, 150)] * 2
 
 
 @given(size=st.integers(1, 40), beyond=st.integers(0, 20), factor=st.integers(1, 4))
