@@ -179,7 +179,8 @@ def _answer(status: int, title: str, body: str, *, refresh: bool = False) -> Ans
     again = "<meta http-equiv=refresh content=3>" if refresh else ""
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"{again}<title>{html.escape(title)}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60ch;margin:2em auto;"
+        f"{again}<link rel=icon href=data:,>"
+        f"<title>{html.escape(title)}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60ch;margin:2em auto;"
         f"padding:0 1em}}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
     )
     return status, _HEADERS, page.encode()
