@@ -81,9 +81,8 @@ class Deployment:
 def destroy(cloud: Any, stage: str, override: dict[str, Any]) -> None:
     """``cdk destroy`` of the stack that a stage and an override give."""
     port = int(cloud.url.rsplit(":", 1)[1])
-    context = {"stage": stage, "override": json.dumps(override)}
-    words = [word for name, value in context.items() for word in ("-c", f"{name}={value}")]
-    command = [str(run.PROJECT / "node_modules" / ".bin" / "cdk"), "destroy", "--all", "--force", *words]
+    context = ["-c", f"stage={stage}", "-c", f"override={json.dumps(override)}"]
+    command = [str(run.PROJECT / "node_modules" / ".bin" / "cdk"), "destroy", "--all", "--force", *context]
     done = subprocess.run(
         command, cwd=run.PROJECT, env=run.cdk_environment(port, cloud.root), capture_output=True, text=True, check=False
     )

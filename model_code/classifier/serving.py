@@ -98,7 +98,10 @@ def _frames(picture: Image.Image) -> int:
 
 
 def draft(picture: Image.Image, short_side: int) -> None:
-    """Let libjpeg decode a much too large JPEG at a half, a quarter or an eighth of its size."""
+    """Let libjpeg decode a JPEG at a half, a quarter or an eighth of its size, but no smaller than DRAFT_MARGIN times ``short_side``.
+
+    To be called before the pixels are read; smaller pictures and other formats are left alone.
+    """
     if picture.format not in ("JPEG", "MPO"):
         return
     factor = DRAFT_MARGIN * short_side / min(picture.size)
@@ -109,8 +112,7 @@ def draft(picture: Image.Image, short_side: int) -> None:
 def decode(source: bytes, short_side: int = 0) -> Image.Image:
     """An upright RGB picture. Raises PictureError.
 
-    With ``short_side``, what it will be resized to, a larger JPEG comes smaller: a telephone's in a fifth of the time and in a
-    sixteenth of the memory.
+    With ``short_side``, the pixels to which it will be resized, a JPEG of at least four times as many comes smaller: see ``draft``.
     """
     picture = open_picture(source)
     try:
