@@ -98,7 +98,7 @@ def _frames(picture: Image.Image) -> int:
 
 
 def draft(picture: Image.Image, short_side: int) -> None:
-    """Let libjpeg decode a JPEG at a half, a quarter or an eighth of its size, but no smaller than DRAFT_MARGIN times ``short_side``.
+    """Let libjpeg decode a JPEG at a half, a quarter or an eighth of its size, no smaller than DRAFT_MARGIN times ``short_side``.
 
     To be called before the pixels are read; smaller pictures and other formats are left alone.
     """
