@@ -64,6 +64,8 @@ MAX_CAPACITY_RETRIES = 3
 # A report on what there is takes a minute or two; the rest is the machine's start. Nobody waits long for news of a failure.
 LATE_REPORT_LIMIT_S = 900
 CAPACITY_PAUSE_S = 300
+ROLLBACK_S = 600
+"""How long SageMaker may take to go back to the previous configuration, beyond the deadline."""
 
 
 def definition(config: StageConfig) -> Json:
@@ -111,6 +113,7 @@ def _input_states(config: StageConfig) -> Json:
                 "model_name": "",
                 "endpoint_config": "",
                 "previous_config": "",
+                "kept": {"endpoint_config": "", "model": ""},
                 "endpoint": {"status": "Unknown", "config": "", "reason": "", "instances": 0},
                 "champion": {},
                 "champion_top1": None,
@@ -596,7 +599,10 @@ def _scale_states(config: StageConfig) -> Json:
 
 def _wait_states(config: StageConfig) -> Json:
     """Look until the endpoint serves the new configuration, with a deadline: AWS has no ``.sync`` for endpoints."""
-    moving = f"$endpoint.status in {json.dumps(WAITING)} and $polls < {_max_polls(config)}"
+    most = _max_polls(config)
+    # SageMaker's own limit is the same as ours, and what it begins then is worth waiting for.
+    going_back = f"$endpoint.status = 'RollingBack' and $polls < {most + -(-ROLLBACK_S // config.poll_seconds)}"
+    moving = f"$endpoint.status in {json.dumps(WAITING)} and $polls < {most} or {going_back}"
     return {
         "WaitForEndpoint": {"Type": "Wait", "Seconds": config.poll_seconds, "Next": "CheckEndpoint"},
         "CheckEndpoint": _describe(config, "CheckEndpoint", "EndpointReady"),
@@ -636,7 +642,7 @@ def _missed(config: StageConfig) -> Json:
 def _proof_states(config: StageConfig) -> Json:
     """The smoke test, and what makes the new model the champion."""
     smoke = _lambda("SmokeTest", "SmokeTest", {"smoke_uri": ask("$champion.smoke_uri"), "run": ask("$champion.run")})
-    smoke |= {"Next": "WriteChampion", "Catch": _catch("SmokeTest", "CheckCurrent")}
+    smoke |= {"Next": "CheckServed", "Catch": _catch("SmokeTest", "CheckCurrent")}
     champion = {**{name: ask(f"$champion.{name}") for name in CHAMPION}, "endpoint_config": ask("$endpoint_config")}
     write = _task(
         "WriteChampion",
@@ -649,6 +655,9 @@ def _proof_states(config: StageConfig) -> Json:
         },
         "TidyUp",
     )
+    # A model that has served well is what the endpoint goes back to when another execution replaces it and fails.
+    kept = {"endpoint_config": ask("$endpoint_config"), "model": ask("$model_name")}
+    write["Assign"] = {"kept": kept}
     write["Catch"] = _catch("WriteChampion", "CheckCurrent")
     write["Retry"] = [_retry(["S3.S3Exception", "S3.SdkClientException"])]
     message = (
@@ -657,6 +666,19 @@ def _proof_states(config: StageConfig) -> Json:
     )
     return {
         "SmokeTest": smoke,
+        "CheckServed": _describe(config, "CheckServed", "StillServed"),
+        "StillServed": {
+            "Type": "Choice",
+            "Comment": "champion.json is not overwritten with what another execution has replaced",
+            "Choices": [
+                {
+                    "Condition": ask("$not($endpoint.config in ['', $endpoint_config])"),
+                    "Next": "CleanUp",
+                    "Assign": {"failure": _overtaken("'WriteChampion'", "'The smoke test passed.'"), "kept": kept},
+                }
+            ],
+            "Default": "WriteChampion",
+        },
         "WriteChampion": write,
         "TidyUp": _clean_up("TidyUp", "Publish"),
         "Publish": {
@@ -758,7 +780,7 @@ def _restore_states(config: StageConfig) -> Json:
                 {
                     "Condition": ask("$endpoint.config != $endpoint_config"),
                     "Next": "CleanUp",
-                    "Assign": {"failure": _overtaken()},
+                    "Assign": {"failure": _overtaken("$failure.state", _reason())},
                 },
                 {"Condition": ask("$previous_config != ''"), "Next": "RestorePrevious"},
             ],
@@ -841,13 +863,18 @@ def _late_report_states(config: StageConfig) -> Json:
     }
 
 
-def _overtaken() -> Json:
-    """What failed because another execution's configuration took the place of this one's: the wait for it, or its smoke test."""
+def _overtaken(state: str, why: str) -> Json:
+    """What failed because another execution's configuration took the place of this one's; ``state`` and ``why`` are JSONata."""
     theirs = (
         "' Another execution deployed meanwhile: the endpoint is ' & $endpoint.status & ' with ' & $endpoint.config & "
         "'. The model of this run is ' & $champion.model_package & '.'"
     )
-    return {"state": ask("$failure.state"), "error": OVERTAKEN, "cause": ask(f"{_reason()} & {theirs}")}
+    return {"state": ask(state), "error": OVERTAKEN, "cause": ask(f"{why} & {theirs}")}
+
+
+def _in_motion() -> str:
+    """JSONata source: whether the endpoint, when last seen, was being changed."""
+    return "$endpoint.status in ['Creating', 'Updating', 'SystemUpdating', 'RollingBack']"
 
 
 def _described(cause: str) -> str:
@@ -872,13 +899,18 @@ def _reason() -> str:
 def _explanation(config: StageConfig) -> str:
     """JSONata source: which state failed, why, what to do, and where the report is."""
     advice = {state: text for state, text in ADVICE.items() if not (state == "BuildServer" and config.serving_image_uri)}
+    still = (
+        f"' Endpoint {config.prefix} is still ' & $endpoint.status & ', and nothing that it may need was removed. Look at it in "
+        "SageMaker once it rests; an execution started meanwhile waits for it.'"
+    )
     return (
         f"($why := {_reason()}; "
         f"$advice := $failure.error = '{OVERTAKEN}' ? '{OVERTAKEN_ADVICE}' : $lookup({json.dumps(advice)}, $failure.state); "
         "$end := $substring($why, -1) in ['.', '!', '?'] ? ' ' : '. '; "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & $end & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "
-        "' What this run had deployed was removed; a model that served before still does.' & "
+        f"($failure.error = '{OVERTAKEN}' ? '' : {_in_motion()} ? {still} : "
+        "' What this run had deployed was removed; a model that served before still does.') & "
         "($report_uri = '' ? '' : ' Report: ' & $report_uri))"
     )
 
@@ -947,9 +979,10 @@ def _lambda(name: str, function: str, payload: Json) -> Json:
 
 
 def _clean_up(name: str, following: str) -> Json:
-    """Removes what the execution made and does not serve: after a failure all of it, otherwise what a call made whose answer was
+    """Removes what the execution made and nobody needs: after a failure all of it, otherwise what a call made whose answer was
     lost, so that it was made again. Best effort: nothing is decided by it."""
-    state = _lambda(name, "CleanUp", {"run": ask(requests.run_key())})
+    kept = {field: ask(f"$kept.{field}") for field in ("endpoint_config", "model")}
+    state = _lambda(name, "CleanUp", {"run": ask(requests.run_key()), **kept})
     return {**state, "Catch": [{"ErrorEquals": ["States.ALL"], "Next": following}], "Next": following}
 
 

@@ -128,6 +128,28 @@ class Account:
         return [*files, *(f"{one.pid} {one.name()}" for one in psutil.process_iter() if inside(one, folders))]
 
 
+class Rules:
+    """The local cloud's faults on demand (``local_cloud/faults.py``), and what came of them."""
+
+    def __init__(self, root: Path) -> None:
+        self._file, self._log, self._calls = root / "faults.json", root / "faults.jsonl", root / "calls.jsonl"
+
+    def set(self, *rules: dict[str, Any]) -> None:
+        """From now on these; none end all faults."""
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(rules))
+        partial.replace(self._file)
+
+    def obeyed(self) -> int:
+        """How many faults there were so far."""
+        return len(self._log.read_text().splitlines()) if self._log.exists() else 0
+
+    def calls(self) -> list[tuple[str, str]]:
+        """All calls so far: (name, role)."""
+        found = [json.loads(line) for line in self._calls.read_text().splitlines()]
+        return [(one["call"], one["caller"].split("/")[1]) for one in found if "/" in one["caller"]]
+
+
 def inside(process: psutil.Process, folders: list[Path]) -> bool:
     """Whether a process works in one of the folders: told by its command line or environment."""
     try:

@@ -291,7 +291,7 @@ class Account:
             raise TaskError("SageMaker.SageMakerException", 'Could not find endpoint "arn:…". (Service: SageMaker)')
         return self.endpoint
 
-    on_check_endpoint = on_check_restore = on_check_current = on_find_endpoint
+    on_check_endpoint = on_check_restore = on_check_current = on_check_served = on_find_endpoint
 
     def on_create_endpoint(self, request: Json) -> Any:
         self.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": request["EndpointConfigName"]}
@@ -416,6 +416,9 @@ def _situations(config: StageConfig, account: _Make) -> Iterator[Scenario]:
     yield Scenario("another execution updates", deploy, account("InService", UpdateEndpoint=[taken]), succeeds=True)
     yield Scenario("another execution creates", deploy, account(CreateEndpoint=[there]), succeeds=True)
     yield Scenario("another model serves meanwhile", deploy, account("InService", SmokeTest=wrong, CheckCurrent=[lost]))
+    yield Scenario("another model has taken over", deploy, account("InService", CheckServed=[lost]))
+    rolling = {**moving, "EndpointStatus": "RollingBack"}
+    yield Scenario("SageMaker takes long to go back", deploy, account("InService", CheckEndpoint=rolling, CheckCurrent=[rolling]))
     yield Scenario("too few pictures", {}, account(ReadPrepared=small))
 
     def built() -> Account:

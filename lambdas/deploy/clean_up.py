@@ -16,13 +16,17 @@ from botocore.exceptions import ClientError
 
 
 def handle(event: dict[str, Any], context: Any) -> dict[str, Any]:
-    """``{"run": "<8 hex digits>"}`` in, the names of what was stopped and removed out. What serves is kept."""
+    """``{"run": "<8 hex digits>"}`` in, the names of what was stopped and removed out. What serves is kept.
+
+    ``endpoint_config`` and ``model`` are empty, or name what is kept whatever serves by now: a model that another execution has
+    just replaced is what the endpoint goes back to when the other one fails.
+    """
     key = str(event.get("run") or "")
     if not re.fullmatch(r"[0-9a-f]{8}", key):
         raise ValueError(f"run is {key!r}; expected the 8 hex digits of an execution: nothing was removed.")
     client = boto3.client("sagemaker")
     stopped = stop_jobs(client, key)
-    kept = serving(client)
+    kept = {str(event.get("endpoint_config") or ""), str(event.get("model") or ""), *serving(client)}
     configs = [name for name in endpoint_configs(client, key) if name not in kept]
     removed = [name for name in configs if _done(client.delete_endpoint_config, EndpointConfigName=name)]
     others = [name for name in models(client, key) if name not in kept]
@@ -79,17 +83,30 @@ def _ours(names: Iterator[str], key: str) -> Iterator[str]:
 
 
 def serving(client: Any) -> set[str]:
-    """Names of the configuration with which the endpoint serves or is about to, and of its model; none without an endpoint."""
+    """Names of the configurations with which the endpoint serves or is about to, and of their models; none without an endpoint."""
     try:
         found = client.describe_endpoint(EndpointName=os.environ["ENDPOINT_NAME"])
-        if found.get("EndpointStatus") == "Deleting":
-            return set()
-        config = client.describe_endpoint_config(EndpointConfigName=found["EndpointConfigName"])
     except ClientError as error:
         if is_missing(error):
             return set()
         raise
-    return {str(config["EndpointConfigName"]), *(str(variant["ModelName"]) for variant in config["ProductionVariants"])}
+    if found.get("EndpointStatus") == "Deleting":
+        return set()
+    # Until an update has ended, the endpoint's own configuration is the old one.
+    pending = found.get("PendingDeploymentSummary", {}).get("EndpointConfigName")
+    configs = {str(found["EndpointConfigName"]), *([str(pending)] if pending else [])}
+    return configs.union(*(models_of(client, name) for name in sorted(configs)))
+
+
+def models_of(client: Any, config: str) -> set[str]:
+    """Names of an endpoint configuration's models; none where somebody has deleted it."""
+    try:
+        found = client.describe_endpoint_config(EndpointConfigName=config)
+    except ClientError as error:
+        if is_missing(error):
+            return set()
+        raise
+    return {str(variant["ModelName"]) for variant in found["ProductionVariants"]}
 
 
 def is_missing(error: ClientError) -> bool:

@@ -310,6 +310,7 @@ class Endpoints:
             if name in self._endpoints:
                 raise invalid(f'Cannot create already existing endpoint "{resource}".')
             endpoint = self._endpoints[name] = Endpoint(record)
+            _begin(endpoint, request)
             self._tags.add(resource, request.get("Tags", []))
             self._background(endpoint, self._deploy, endpoint, request["EndpointConfigName"], {})
         return {"EndpointArn": resource}
@@ -325,6 +326,7 @@ class Endpoints:
             if status != "InService":
                 raise invalid(f'Cannot update endpoint "{resource}" in status {status}: delete it and create it again.')
             self._set(endpoint, EndpointStatus="Updating")
+            _begin(endpoint, request)
             endpoint.record.pop("FailureReason", None)
             # With several machines of a variant one server stands for all of them; their number is kept where it is asked for.
             kept = (
@@ -416,11 +418,13 @@ class Endpoints:
             reason = error.message if isinstance(error, ServiceError) else str(error)
             with self._lock:
                 failed, endpoint.starting, endpoint.shifted = endpoint.starting, [], 0.0
+                endpoint.record.pop("PendingDeploymentSummary", None)
                 self._set(endpoint, EndpointStatus="InService" if updating else "Failed", FailureReason=reason[:1024])
             self._retire(failed)
             return
         with self._lock:
             old, endpoint.servers, endpoint.starting, endpoint.shifted = endpoint.servers, endpoint.starting, [], 0.0
+            endpoint.record.pop("PendingDeploymentSummary", None)
             self._set(endpoint, EndpointStatus="InService", EndpointConfigName=config_name)
         self._retire(old)
 
@@ -550,6 +554,12 @@ class Endpoints:
         )
         stream = f"arn:aws:logs:{region}:{account}:log-group:{server.log_group}"
         return _error(424, "ModelError", words, OriginalStatusCode=status, OriginalMessage=message, LogStreamArn=stream)
+
+
+def _begin(endpoint: Endpoint, request: Request) -> None:
+    """Say in the description what is being deployed; the configuration there is the old one until that is done."""
+    pending = {"EndpointConfigName": request["EndpointConfigName"], "StartTime": now()}
+    endpoint.record["PendingDeploymentSummary"] = pending
 
 
 def _ringing(client: Any, alarms: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deployment import Rules
 from fault_table import Landed
 
 pytestmark = [pytest.mark.fault(4), pytest.mark.pipeline]
@@ -33,26 +34,6 @@ SPELLED = {
     ("sns", "AccessDeniedException"): {"code": "AuthorizationError", "status": 403},
 }
 """What a service calls the same fault."""
-
-
-class Rules:
-    """faults.json and what came of it."""
-
-    def __init__(self, root: Path) -> None:
-        self._file, self._log, self._calls = root / "faults.json", root / "faults.jsonl", root / "calls.jsonl"
-
-    def set(self, *rules: dict[str, Any]) -> None:
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(rules))
-        partial.replace(self._file)
-
-    def obeyed(self) -> int:
-        return len(self._log.read_text().splitlines()) if self._log.exists() else 0
-
-    def calls(self) -> list[tuple[str, str]]:
-        """All calls so far: (name, role)."""
-        found = [json.loads(line) for line in self._calls.read_text().splitlines()]
-        return [(one["call"], one["caller"].split("/")[1]) for one in found if "/" in one["caller"]]
 
 
 def fault_of(call: str, role: str, name: str) -> dict[str, Any]:

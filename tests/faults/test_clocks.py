@@ -16,6 +16,7 @@ import pytest
 from classifier import checkpoint, exchange
 from classifier.errors import DataError
 from classifier.exchange import Hosts
+from deployment import Rules
 from fault_table import Landed
 
 pytestmark = pytest.mark.fault(15)
@@ -161,14 +162,13 @@ def test_an_older_hosts_word_is_not_taken_for_this_jobs(tmp_path: Path, landed: 
 @pytest.mark.slow
 def test_a_run_on_a_slow_s3_ends_well(finished, deployed, landed: Landed):
     """Two seconds for every call of the machine, the jobs and the Lambdas."""
-    root: Path = deployed.cloud.root
-    log = root / "faults.jsonl"
-    before = len(log.read_text().splitlines()) if log.exists() else 0
-    (root / "faults.json").write_text(json.dumps([{"call": "^s3:", "delay_s": 2, "times": 100_000}]))
+    rules = Rules(deployed.cloud.root)
+    before = rules.obeyed()
+    rules.set({"call": "^s3:", "delay_s": 2, "times": 100_000})
     try:
         _, ended = deployed.execute({})
     finally:
-        (root / "faults.json").write_text("[]")
-    landed(len(log.read_text().splitlines()) - before)
+        rules.set()
+    landed(rules.obeyed() - before)
     assert ended["status"] == "SUCCEEDED", ended.get("cause")
     assert json.loads(ended["output"])["dataset_hash"] == finished.output["dataset_hash"]

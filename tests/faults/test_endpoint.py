@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from deployment import Rules
 from fault_table import Landed
 
 from infra.config import StageConfig
@@ -64,7 +65,7 @@ class Watched(walk.Account):
         self._change("delete")
         return {}
 
-    on_check_endpoint = on_check_restore = on_check_current = on_find_endpoint
+    on_check_endpoint = on_check_restore = on_check_current = on_check_served = on_find_endpoint
 
 
 ENDS: dict[str | None, list[str]] = {"InService": ["update"], "Failed": ["delete", "create"], None: ["create"],
@@ -211,3 +212,79 @@ def test_two_deployments_at_once_end_with_one_whole_endpoint(finished, deployed,
         complete(deployed)
         assert champion(deployed) == settled(deployed.cloud)["EndpointConfigName"]
         landed()
+
+
+def start(deployed: Any, finished: Any, name: str) -> str:
+    """The ARN of a deployment that has begun."""
+    states = deployed.cloud.client("stepfunctions")
+    given = json.dumps({"action": "deploy", "model_package": finished.output["model_package"]})
+    made = states.start_execution(stateMachineArn=deployed.outputs["StateMachineArn"], name=f"{name}-{time.time_ns()}", input=given)
+    return str(made["executionArn"])
+
+
+def ended(deployed: Any, arn: str) -> dict[str, Any]:
+    """Its description, once it has ended."""
+    states, deadline = deployed.cloud.client("stepfunctions"), time.monotonic() + 180
+    while (found := states.describe_execution(executionArn=arn))["status"] == "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    return dict(found)
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.pipeline
+@pytest.mark.slow
+def test_a_deployment_that_fails_goes_back_to_one_that_tidied_up_late(finished, deployed, landed: Landed):
+    """The first one's tidying up sees that the second one's model serves; the second one's smoke test fails after that."""
+    rules, before = Rules(deployed.cloud.root), champion(deployed)
+    obeyed = rules.obeyed()
+    rules.set({"call": "^sagemaker:DescribeEndpoint$", "caller": "CleanUp", "delay_s": 12})
+    try:
+        first = start(deployed, finished, "late")
+        until(lambda: champion(deployed) != before)
+        theirs = champion(deployed)
+        until(lambda: rules.obeyed() == obeyed + 1)
+        refused = {"call": "^lambda:POST .*SmokeTest", "caller": "StateMachine", "code": "AccessDenied", "status": 403}
+        rules.set({**refused, "delay_s": 24}, {**refused, "times": 10})
+        second = start(deployed, finished, "wrong")
+        assert ended(deployed, first)["status"] == "SUCCEEDED"
+        assert settled(deployed.cloud)["EndpointConfigName"] != theirs, "the second one's model serves by now"
+        failed = ended(deployed, second)
+    finally:
+        rules.set()
+    landed(rules.obeyed() - obeyed)
+    assert failed["status"] == "FAILED"
+    assert "failed in SmokeTest" in failed["cause"]
+    assert settled(deployed.cloud)["EndpointConfigName"] == theirs == champion(deployed)
+    complete(deployed)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.pipeline
+@pytest.mark.slow
+def test_who_was_overtaken_during_his_smoke_test_does_not_overwrite_the_champion(finished, deployed, landed: Landed):
+    sagemaker, rules = deployed.cloud.client("sagemaker"), Rules(deployed.cloud.root)
+    obeyed = rules.obeyed()
+    rules.set({"call": "^lambda:POST .*SmokeTest", "caller": "StateMachine", "delay_s": 15})
+    try:
+        first = start(deployed, finished, "slow")
+        until(lambda: rules.obeyed() == obeyed + 1)
+        theirs = settled(deployed.cloud)["EndpointConfigName"]
+        second = start(deployed, finished, "quick")
+        assert ended(deployed, second)["status"] == "SUCCEEDED"
+        overtaken = ended(deployed, first)
+    finally:
+        rules.set()
+    landed()
+    assert overtaken["status"] == "FAILED"
+    assert "The smoke test passed. Another execution deployed meanwhile" in overtaken["cause"]
+    assert champion(deployed) == settled(deployed.cloud)["EndpointConfigName"] != theirs
+    assert sagemaker.describe_endpoint_config(EndpointConfigName=theirs)["ProductionVariants"], "the second one's way back"
+    complete(deployed)

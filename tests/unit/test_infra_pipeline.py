@@ -997,6 +997,63 @@ def test_who_was_overtaken_while_waiting_is_told_how_to_serve_his_model():
     assert "FailureReason" not in output["Cause"]
 
 
+def test_who_was_overtaken_after_the_smoke_test_does_not_overwrite_the_champion():
+    """Nor does CleanUp take the configuration to which the other execution's failure would lead back."""
+    theirs = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-theirs"}
+    machine, last, output = walk({}, account=Account(CheckServed=[theirs]))
+    assert last == "Failed"
+    assert not {"WriteChampion", "RestorePrevious", "RemoveEndpoint"} & set(machine.visited)
+    said = (
+        "failed in WriteChampion (EndpointOvertaken): The smoke test passed. Another execution deployed meanwhile: the endpoint is "
+    )
+    assert f"{said}InService with dogs-dev-theirs." in output["Cause"]
+    assert "was removed" not in output["Cause"]
+    given, made = machine.requests["CleanUp"]["Payload"], machine.requests["CreateEndpointConfig"]
+    assert given["endpoint_config"] == made["EndpointConfigName"]
+    assert given["model"] == machine.requests["CreateModel"]["ModelName"]
+
+
+def test_a_champion_outlives_its_own_tidying_up():
+    machine, last, _ = walk({})
+    assert last == "Done"
+    given = machine.requests["TidyUp"]["Payload"]
+    assert given["endpoint_config"] == machine.requests["CreateEndpointConfig"]["EndpointConfigName"]
+    assert given["model"] == machine.requests["CreateModel"]["ModelName"]
+
+
+@pytest.mark.parametrize("state", ["SmokeTest", "WriteChampion", "CreateEndpoint"])
+def test_a_run_that_failed_keeps_nothing_of_its_own(state: str):
+    machine, last, _ = walk({}, account=Account(**{state: TaskError("States.TaskFailed", "no.")}))
+    assert last == "Failed"
+    assert (machine.requests["CleanUp"]["Payload"]["endpoint_config"], machine.requests["CleanUp"]["Payload"]["model"]) == ("", "")
+
+
+def test_a_rollback_that_sagemaker_begins_at_the_deadline_is_waited_for():
+    """A deployment that is too slow: its configuration is not removed while SageMaker still goes back."""
+    old = {"EndpointConfigName": "dogs-dev-old"}
+    account = Account()
+    account.endpoint = {"EndpointStatus": "InService", **old}
+    rolling, back = {"EndpointStatus": "RollingBack", **old}, {"EndpointStatus": "InService", **old, "FailureReason": "Too slow."}
+    account.faults["CheckEndpoint"] = [{"EndpointStatus": "Updating", **old}] * 29 + [rolling] * 5 + [back]
+    account.faults["CheckCurrent"] = back
+    machine, last, output = walk({}, account=account, poll_seconds=60)
+    assert last == "Failed"
+    assert machine.visited.count("CheckEndpoint") == 35
+    assert "is InService with configuration dogs-dev-old" in output["Cause"]
+    assert "Too slow." in output["Cause"]
+    assert "a model that served before still does" in output["Cause"]
+
+
+def test_an_endpoint_that_is_still_in_motion_is_said_to_be():
+    moving = {"EndpointStatus": "RollingBack", "EndpointConfigName": "dogs-dev-old"}
+    account = Account(CheckEndpoint=[moving] * 1000, CheckCurrent=moving)
+    account.endpoint = {"EndpointStatus": "InService", "EndpointConfigName": "dogs-dev-old"}
+    machine, last, output = walk({}, account=account, poll_seconds=60)
+    assert last == "Failed"
+    assert machine.visited.count("CheckEndpoint") == 40  # the deadline's 30, and 10 minutes
+    assert "Endpoint dogs-dev is still RollingBack, and nothing that it may need was removed." in output["Cause"]
+
+
 def test_an_endpoint_that_never_settles_ends_at_the_deadline():
     moving = {"EndpointStatus": "Creating", "EndpointConfigName": "x"}
     account = Account(CheckEndpoint=[moving] * 1000)

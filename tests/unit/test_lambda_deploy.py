@@ -219,18 +219,35 @@ def test_what_the_run_made_is_stopped_and_removed(monkeypatch: pytest.MonkeyPatc
     assert found == {"stopped": [ours(1), ours(2, "prep-")], "removed": [ours(3), ours(4)]}
 
 
-def serves(stub: Stubber, config: str, model: str, status: str = "InService") -> None:
-    found = {"EndpointName": "dogs-dev", "EndpointArn": "a" * 20, "EndpointConfigName": config, "CreationTime": 0}
+def serves(stub: Stubber, configs: dict[str, str], status: str = "InService") -> None:
+    """Configuration -> model: the one that serves, and, with two, the one that is about to."""
+    first, *pending = configs
+    found = {"EndpointName": "dogs-dev", "EndpointArn": "a" * 20, "EndpointConfigName": first, "CreationTime": 0}
+    if pending:
+        found["PendingDeploymentSummary"] = {"EndpointConfigName": pending[0]}
     stub.add_response("describe_endpoint", {**found, "LastModifiedTime": 0, "EndpointStatus": status})
-    if status != "Deleting":
-        variant = {"VariantName": "main", "ModelName": model}
+    if status == "Deleting":
+        return
+    for config in sorted(configs):
         described = {
             "EndpointConfigName": config,
             "EndpointConfigArn": "a" * 20,
-            "ProductionVariants": [variant],
+            "ProductionVariants": [{"VariantName": "main", "ModelName": configs[config]}],
             "CreationTime": 0,
         }
         stub.add_response("describe_endpoint_config", described, {"EndpointConfigName": config})
+
+
+def holds(stub: Stubber, configs: list[int], models: list[int], removed: tuple[list[int], list[int]]) -> None:
+    """The execution's configurations and models, and which of them it loses."""
+    rows = [{"EndpointConfigName": ours(n), "EndpointConfigArn": "a" * 20, "CreationTime": 0} for n in configs]
+    stub.add_response("list_endpoint_configs", {"EndpointConfigs": rows})
+    for n in removed[0]:
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": ours(n)})
+    rows = [{"ModelName": ours(n), "ModelArn": "a" * 20, "CreationTime": 0} for n in models]
+    stub.add_response("list_models", {"Models": rows})
+    for n in removed[1]:
+        stub.add_response("delete_model", {}, {"ModelName": ours(n)})
 
 
 def test_what_serves_is_kept_and_what_was_made_twice_is_not(monkeypatch: pytest.MonkeyPatch):
@@ -238,22 +255,46 @@ def test_what_serves_is_kept_and_what_was_made_twice_is_not(monkeypatch: pytest.
     stubbed(monkeypatch, sagemaker=sagemaker)
     with Stubber(sagemaker) as stub:
         listed(stub, {})
-        serves(stub, ours(3), ours(4))
-        rows = [{"EndpointConfigName": ours(n), "EndpointConfigArn": "a" * 20, "CreationTime": 0} for n in (3, 5)]
-        stub.add_response("list_endpoint_configs", {"EndpointConfigs": rows})
-        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": ours(5)})
-        rows = [{"ModelName": ours(n), "ModelArn": "a" * 20, "CreationTime": 0} for n in (4, 6)]
-        stub.add_response("list_models", {"Models": rows})
-        stub.add_response("delete_model", {}, {"ModelName": ours(6)})
+        serves(stub, {ours(3): ours(4)})
+        holds(stub, [3, 5], [4, 6], removed=([5], [6]))
         assert clean_up.handle({"run": KEY}, None) == {"stopped": [], "removed": [ours(5), ours(6)]}
+
+
+def test_what_is_about_to_serve_is_kept_while_the_endpoint_says_the_old_configuration(monkeypatch: pytest.MonkeyPatch):
+    """An update that takes longer than the execution waits for it may still succeed."""
+    sagemaker = client("sagemaker")
+    stubbed(monkeypatch, sagemaker=sagemaker)
+    with Stubber(sagemaker) as stub:
+        listed(stub, {})
+        serves(stub, {"dogs-dev-old": "dogs-dev-old-model", ours(3): ours(4)}, "Updating")
+        holds(stub, [3, 5], [4, 6], removed=([5], [6]))
+        assert clean_up.handle({"run": KEY}, None)["removed"] == [ours(5), ours(6)]
+
+
+def test_a_champion_that_was_replaced_is_kept_for_the_way_back(monkeypatch: pytest.MonkeyPatch):
+    sagemaker = client("sagemaker")
+    stubbed(monkeypatch, sagemaker=sagemaker)
+    with Stubber(sagemaker) as stub:
+        listed(stub, {})
+        serves(stub, {"dogs-dev-theirs": "dogs-dev-their-model"})
+        holds(stub, [3, 5], [4, 6], removed=([5], [6]))
+        named = {"endpoint_config": ours(3), "model": ours(4)}
+        assert clean_up.handle({"run": KEY, **named}, None)["removed"] == [ours(5), ours(6)]
 
 
 def test_the_configuration_of_a_deleted_endpoint_does_not_serve():
     sagemaker = client("sagemaker")
     with Stubber(sagemaker) as stub:
         for status, names in (("InService", {"c", "m"}), ("Deleting", set())):
-            serves(stub, "c", "m", status)
+            serves(stub, {"c": "m"}, status)
             assert clean_up.serving(sagemaker) == names
+
+
+def test_the_models_of_a_deleted_configuration_are_known_to_nobody():
+    sagemaker = client("sagemaker")
+    with Stubber(sagemaker) as stub:
+        stub.add_client_error("describe_endpoint_config", "ValidationException", "Could not find endpoint configuration")
+        assert clean_up.models_of(sagemaker, "c") == set()
 
 
 def test_a_job_that_has_just_ended_is_no_failure():

@@ -80,7 +80,8 @@ def test_a_body_that_is_no_object(cloud, body: bytes) -> None:
 
 def test_an_empty_body_is_an_empty_request(cloud) -> None:
     status, answer = post(cloud.url, "sagemaker", "ListModels", b"")
-    assert (status, list(answer)) == (200, ["Models"])
+    assert status == 200
+    assert isinstance(answer["Models"], list)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,19 @@ def test_a_model_that_dies_while_it_takes_over_is_taken_back(sagemaker: SageMake
     assert set(seen) == {(200, "old")}
 
 
+def test_an_update_names_the_old_configuration_until_it_is_done_and_the_pending_one(call: Client, endpoint: str):
+    for given, then in (("new", "new"), ("does-not-start", "new")):
+        before = call("DescribeEndpoint", EndpointName=endpoint)
+        assert "PendingDeploymentSummary" not in before
+        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName=given)
+        moving = call("DescribeEndpoint", EndpointName=endpoint)
+        assert (moving["EndpointStatus"], moving["EndpointConfigName"]) == ("Updating", before["EndpointConfigName"])
+        assert moving["PendingDeploymentSummary"]["EndpointConfigName"] == given
+        rests = settled(call, endpoint)
+        assert rests["EndpointConfigName"] == then
+        assert "PendingDeploymentSummary" not in rests
+
+
 def test_two_updates_at_once_are_refused(call: Client, endpoint: str):
     call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName="new", DeploymentConfig=POLICIES["canary"])
     with pytest.raises(ServiceError, match="in-progress"):
