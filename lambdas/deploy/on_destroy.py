@@ -78,7 +78,9 @@ def delete_endpoint(client: Any, name: str, deadline: float) -> None:
         except ClientError as error:
             if is_missing(error):
                 return
-            raise
+            # SageMaker may begin a change of its own after our look.
+            if "in-progress" not in error.response["Error"].get("Message", ""):
+                raise
         _wait(deadline, f"endpoint {name} to go")
 
 

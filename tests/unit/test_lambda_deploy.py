@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
 
@@ -219,23 +221,23 @@ def test_what_the_run_made_is_stopped_and_removed(monkeypatch: pytest.MonkeyPatc
     assert found == {"stopped": [ours(1), ours(2, "prep-")], "removed": [ours(3), ours(4)]}
 
 
-def serves(stub: Stubber, configs: dict[str, str], status: str = "InService") -> None:
-    """Configuration -> model: the one that serves, and, with two, the one that is about to."""
+def serves(stub: Stubber, configs: dict[str, str], status: str = "InService", *, described: bool = True) -> None:
+    """Configuration -> model: the one that serves, and, with two, the one that is about to; ``described`` if asked about too."""
     first, *pending = configs
     found = {"EndpointName": "dogs-dev", "EndpointArn": "a" * 20, "EndpointConfigName": first, "CreationTime": 0}
     if pending:
         found["PendingDeploymentSummary"] = {"EndpointConfigName": pending[0]}
     stub.add_response("describe_endpoint", {**found, "LastModifiedTime": 0, "EndpointStatus": status})
-    if status == "Deleting":
+    if status == "Deleting" or not described:
         return
     for config in sorted(configs):
-        described = {
+        found = {
             "EndpointConfigName": config,
             "EndpointConfigArn": "a" * 20,
             "ProductionVariants": [{"VariantName": "main", "ModelName": configs[config]}],
             "CreationTime": 0,
         }
-        stub.add_response("describe_endpoint_config", described, {"EndpointConfigName": config})
+        stub.add_response("describe_endpoint_config", found, {"EndpointConfigName": config})
 
 
 def holds(stub: Stubber, configs: list[int], models: list[int], removed: tuple[list[int], list[int]]) -> None:
@@ -311,6 +313,30 @@ def test_what_is_no_executions_digits_is_refused(monkeypatch: pytest.MonkeyPatch
     stubbed(monkeypatch, sagemaker=client("sagemaker"))
     with pytest.raises(ValueError, match="expected the 8 hex digits"):
         clean_up.handle({"run": key}, None)
+
+
+def test_an_endpoint_that_begins_to_move_before_it_is_deleted_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(on_destroy, "PAUSE_S", 0)
+    sagemaker = client("sagemaker")
+    with Stubber(sagemaker) as stub:
+        serves(stub, {"c": "m"}, described=False)
+        stub.add_client_error("delete_endpoint", "ValidationException", 'Cannot update in-progress endpoint "arn:…".')
+        serves(stub, {"c": "m"}, "SystemUpdating", described=False)
+        serves(stub, {"c": "m"}, described=False)
+        stub.add_response("delete_endpoint", {}, {"EndpointName": "dogs-dev"})
+        stub.add_client_error("describe_endpoint", "ValidationException", "Could not find endpoint")
+        on_destroy.delete_endpoint(sagemaker, "dogs-dev", time.monotonic() + 60)
+        stub.assert_no_pending_responses()
+
+
+@pytest.mark.parametrize(("code", "message"), [("AccessDeniedException", "no"), ("ValidationException", "something else")])
+def test_an_endpoint_that_may_not_be_deleted_is_said(code: str, message: str):
+    sagemaker = client("sagemaker")
+    with Stubber(sagemaker) as stub:
+        serves(stub, {"c": "m"}, described=False)
+        stub.add_client_error("delete_endpoint", code, message)
+        with pytest.raises(ClientError, match=message):
+            on_destroy.delete_endpoint(sagemaker, "dogs-dev", time.monotonic() + 60)
 
 
 def test_deleting_the_stack_removes_what_runs_made(monkeypatch: pytest.MonkeyPatch):
