@@ -20,7 +20,9 @@ from infra.requests import Json, ask
 SDK = "arn:aws:states:::aws-sdk"
 OPTIMIZED = "arn:aws:states:::sagemaker"
 
-WAITING = ["Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting", "Unknown"]
+CHANGING = ["Creating", "Updating", "SystemUpdating", "RollingBack"]
+"""States of an endpoint that SageMaker is changing."""
+WAITING = [*CHANGING, "Deleting", "Unknown"]
 """States of an endpoint that pass; Unknown: SageMaker could not be asked just now."""
 
 # AWS names throttling and lack of quota differently by integration; anything else is not worth a second try.
@@ -872,11 +874,6 @@ def _overtaken(state: str, why: str) -> Json:
     return {"state": ask(state), "error": OVERTAKEN, "cause": ask(f"{why} & {theirs}")}
 
 
-def _in_motion() -> str:
-    """JSONata source: whether the endpoint, when last seen, was being changed."""
-    return "$endpoint.status in ['Creating', 'Updating', 'SystemUpdating', 'RollingBack']"
-
-
 def _described(cause: str) -> str:
     """JSONata source: whether a failure's cause is a job's description, as ``.sync`` gives it, rather than a sentence.
 
@@ -909,7 +906,7 @@ def _explanation(config: StageConfig) -> str:
         "$end := $substring($why, -1) in ['.', '!', '?'] ? ' ' : '. '; "
         "'Run ' & $run & ' failed in ' & $failure.state & ' (' & $failure.error & '): ' & $substring($why, 0, 2000) & $end & "
         "($exists($advice) ? $advice : 'Open the execution in the Step Functions console.') & "
-        f"($failure.error = '{OVERTAKEN}' ? '' : {_in_motion()} ? {still} : "
+        f"($failure.error = '{OVERTAKEN}' ? '' : $endpoint.status in {json.dumps(CHANGING)} ? {still} : "
         "' What this run had deployed was removed; a model that served before still does.') & "
         "($report_uri = '' ? '' : ' Report: ' & $report_uri))"
     )

@@ -156,64 +156,6 @@ def test_a_real_endpoint_in_motion_is_waited_for(finished, deployed, landed: Lan
     assert champion(deployed) == settled(deployed.cloud)["EndpointConfigName"]
 
 
-@pytest.mark.fault(13)
-@pytest.mark.pipeline
-@pytest.mark.slow
-def test_of_two_deployments_one_is_aborted_anywhere(finished, deployed, landed: Landed):
-    """Ten times, at a random moment: the other one succeeds, and the endpoint has one complete configuration."""
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed={seed}")
-    chance = random.Random(seed)
-    states = deployed.cloud.client("stepfunctions")
-    given = json.dumps({"action": "deploy", "model_package": finished.output["model_package"]})
-    for number in range(10):
-        arns = [
-            states.start_execution(
-                stateMachineArn=deployed.outputs["StateMachineArn"], name=f"pair-{seed}-{number}-{side}", input=given
-            )["executionArn"]
-            for side in ("a", "b")
-        ]
-        time.sleep(chance.uniform(0, 4))
-        states.stop_execution(executionArn=arns[0], cause="a test")
-        deadline = time.monotonic() + 180
-        while any(states.describe_execution(executionArn=arn)["status"] == "RUNNING" for arn in arns):
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
-        first, second = (states.describe_execution(executionArn=arn) for arn in arns)
-        if first["status"] == "ABORTED":
-            landed()
-        # Whoever was overtaken by the other says so; what serves is whole in every case.
-        assert second["status"] == "SUCCEEDED" or "Another execution deployed meanwhile" in second["cause"], second.get("cause")
-        complete(deployed)
-
-
-@pytest.mark.fault(13)
-@pytest.mark.pipeline
-@pytest.mark.slow
-def test_two_deployments_at_once_end_with_one_whole_endpoint(finished, deployed, landed: Landed):
-    states = deployed.cloud.client("stepfunctions")
-    given = json.dumps({"action": "deploy", "model_package": finished.output["model_package"]})
-    for number in range(5):
-        stamp = f"{time.time_ns()}"
-        arns = [
-            states.start_execution(stateMachineArn=deployed.outputs["StateMachineArn"], name=f"two-{stamp}-{side}", input=given)[
-                "executionArn"
-            ]
-            for side in ("a", "b")
-        ]
-        deadline = time.monotonic() + 180
-        while any(states.describe_execution(executionArn=arn)["status"] == "RUNNING" for arn in arns):
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
-        both = [states.describe_execution(executionArn=arn) for arn in arns]
-        assert "SUCCEEDED" in [one["status"] for one in both], number
-        for one in both:
-            assert one["status"] == "SUCCEEDED" or "Another execution deployed meanwhile" in one["cause"], one["cause"]
-        complete(deployed)
-        assert champion(deployed) == settled(deployed.cloud)["EndpointConfigName"]
-        landed()
-
-
 def start(deployed: Any, finished: Any, name: str) -> str:
     """The ARN of a deployment that has begun."""
     states = deployed.cloud.client("stepfunctions")
@@ -236,6 +178,42 @@ def until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.pipeline
+@pytest.mark.slow
+def test_of_two_deployments_one_is_aborted_anywhere(finished, deployed, landed: Landed):
+    """Ten times, at a random moment: the other one succeeds, and the endpoint has one complete configuration."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed={seed}")
+    chance = random.Random(seed)
+    states = deployed.cloud.client("stepfunctions")
+    for number in range(10):
+        arns = [start(deployed, finished, f"pair-{number}-{side}") for side in ("a", "b")]
+        time.sleep(chance.uniform(0, 4))
+        states.stop_execution(executionArn=arns[0], cause="a test")
+        first, second = (ended(deployed, arn) for arn in arns)
+        if first["status"] == "ABORTED":
+            landed()
+        # Whoever was overtaken by the other says so; what serves is whole in every case.
+        assert second["status"] == "SUCCEEDED" or "Another execution deployed meanwhile" in second["cause"], second.get("cause")
+        complete(deployed)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.pipeline
+@pytest.mark.slow
+def test_two_deployments_at_once_end_with_one_whole_endpoint(finished, deployed, landed: Landed):
+    for number in range(5):
+        arns = [start(deployed, finished, f"two-{number}-{side}") for side in ("a", "b")]
+        both = [ended(deployed, arn) for arn in arns]
+        assert "SUCCEEDED" in [one["status"] for one in both], number
+        for one in both:
+            assert one["status"] == "SUCCEEDED" or "Another execution deployed meanwhile" in one["cause"], one["cause"]
+        complete(deployed)
+        assert champion(deployed) == settled(deployed.cloud)["EndpointConfigName"]
+        landed()
 
 
 @pytest.mark.fault(13)
