@@ -32,6 +32,8 @@ MAX_KEY = 180
 """Characters of a key given as source."""
 
 # Set by the state machine itself, from other fields or from the search.
+SCALARS = "['string', 'number', 'boolean']"
+"""JSONata: the types a single hyperparameter may have."""
 RESERVED_HYPERPARAMETERS = ("recipe", "backbone", "pretrained", "image_size", "learning_rate", "batch_size")
 
 CACHED_HYPERPARAMETERS = ("resize_size", "feature_views", "horizontal_flip", "random_resized_crop_min_scale", "seed")
@@ -98,6 +100,14 @@ def _bad(name: str, value: str, condition: str, expected: str) -> str:
     return f"$bad({json.dumps(name)}, {value}, {condition}, {json.dumps(expected)})"
 
 
+def _all(values: str, good: str) -> str:
+    """JSONata: whether ``good`` holds for each ``$value`` of a list.
+
+    It counts the good ones: ``$filter`` answers a single match without its list, and a bad ``null`` or ``[]`` alone counts as none.
+    """
+    return f"$count($filter({values}, function($value) {{ {good} }})) = $count({values})"
+
+
 def _is_object() -> str:
     """The input as a whole."""
     return _bad("The input", "$states.input", "$type($states.input) = 'object'", 'a JSON object such as {} or {"recipe": "head"}')
@@ -131,7 +141,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def _top_level(config: StageConfig) -> list[str]:
     """The fields outside the groups."""
-    name = "function($value) { $type($value) in ['string', 'number', 'boolean'] }"
     known = _known_hyperparameters()
     return [
         _one_of("action", "$i.action", ("train", "deploy", "batch")),
@@ -157,28 +166,27 @@ def _top_level(config: StageConfig) -> list[str]:
         _bad(
             "hyperparameters",
             "$i.hyperparameters",
-            f"$count($filter($names($i.hyperparameters), function($name) {{ $not($name in {json.dumps(known)}) }})) = 0",
+            _all("$names($i.hyperparameters)", f"$value in {json.dumps(known)}"),
             f"only names among {', '.join(known)}",
         ),
         _bad(
             "hyperparameters",
             "$i.hyperparameters",
-            f"$count($filter($type($i.hyperparameters) = 'object' ? $append([], $each($i.hyperparameters, {name})) : [], "
-            "function($fine) { $not($fine) })) = 0",
+            _all("$names($i.hyperparameters)", f"$type($lookup($i.hyperparameters, $value)) in {SCALARS}"),
             "texts, numbers, true or false as values",
         ),
         _bad(
             "model_package",
             "$i.model_package",
-            f"$i.action = 'deploy' or ($i.action = 'batch' and $not($i.model_package = '')) ? "
-            f"$contains($text($i.model_package), ':model-package/{config.prefix}/') : true",
-            f"the ARN of a version in the model package group {config.prefix}, because action is deploy or batch",
+            "$i.action = 'deploy' or ($i.action = 'batch' and $not($i.model_package = '')) ? "
+            f"$contains($text($i.model_package), ':model-package/{config.prefix}/') : $type($i.model_package) = 'string'",
+            f"the ARN of a version in the model package group {config.prefix}, where action is deploy or batch",
         ),
         _bad("dry_run", "$i.dry_run", "$type($i.dry_run) = 'boolean'", "true or false"),
         _bad(
             "input",
             "$i.input",
-            f"$i.action = 'batch' ? {_pictures(config, '$text($i.input)')} : true",
+            f"$i.action = 'batch' ? {_pictures(config, '$text($i.input)')} : $type($i.input) = 'string'",
             "a prefix with pictures for action batch: " + _source_expectation(config, archives=False),
         ),
     ]
@@ -247,9 +255,8 @@ def _tuning(config: StageConfig) -> list[str]:
         "$count($t.learning_rate) = 2 ? ($between($t.learning_rate[0], 0.0000001, 10) ? "
         "($between($t.learning_rate[1], 0.0000001, 10) ? $t.learning_rate[0] < $t.learning_rate[1] : false) : false) : false"
     )
-    sizes = (
-        "$count($t.batch_size) > 0 ? $count($filter($t.batch_size, function($size) { $not($whole($size, 1, 8192)) })) = 0 : false"
-    )
+    sizes = _all("$t.batch_size", "$whole($value, 1, 8192)")
+    listed = f"$type($t.batch_size) = 'array' ? ($count($t.batch_size) > 0 ? {sizes} : false) : false"
     return [
         _bad("tuning", "$i.tuning", "$type($i.tuning) = 'object'", 'an object such as {"max_jobs": 8}'),
         _one_of("tuning.strategy", "$t.strategy", STRATEGIES),
@@ -263,7 +270,7 @@ def _tuning(config: StageConfig) -> list[str]:
             "tuning.max_parallel_jobs", "$t.max_parallel_jobs", "$whole($t.max_parallel_jobs, 1, 100)", "an integer from 1 to 100"
         ),
         _bad("tuning.learning_rate", "$t.learning_rate", rate, "[smallest, largest] with 0 < smallest < largest <= 10"),
-        _bad("tuning.batch_size", "$t.batch_size", sizes, "a list of integers from 1 to 8192, such as [64, 128, 256]"),
+        _bad("tuning.batch_size", "$t.batch_size", listed, "a list of integers from 1 to 8192, such as [64, 128, 256]"),
         _one_of("tuning.early_stopping", "$t.early_stopping", ("Off", "Auto")),
     ]
 
@@ -272,7 +279,7 @@ def _ranges(config: StageConfig) -> list[str]:
     """``tuning.ranges``: known names, forms that SageMaker can search, and a grid that is not larger than the stage allows."""
     names = "$append([], $keys($r))"
     baked = [name for name in CACHED_HYPERPARAMETERS if name in _known_hyperparameters()]
-    lists_only = f"$count($filter({names}, function($name) {{ $type($lookup($r, $name)) != 'array' }})) = 0"
+    lists_only = _all(names, "$type($lookup($r, $value)) = 'array'")
     values = f"$append([], $map({names}, function($name) {{ $count($lookup($r, $name)) }}))"
     trials = f"$reduce($append([{GRID_LEARNING_RATES}, $count($t.batch_size)], {values}), function($a, $b) {{ $a * $b }})"
     return [
@@ -318,8 +325,8 @@ def _searchable() -> str:
     unknown = f"function($key) {{ $not($key in {json.dumps(tuple(Range.model_fields))}) }}"
     return (
         "($type($one) = 'array' ? "
-        "($count($one) > 0 ? ($count($one) <= 30 ? $count($filter($one, function($value) "
-        "{ $not($type($value) in ['string', 'number', 'boolean']) })) = 0 : false) : false) : $type($one) != 'object' ? false : "
+        f"($count($one) > 0 ? ($count($one) <= 30 ? {_all('$one', f'$type($value) in {SCALARS}')} : false) : false) : "
+        "$type($one) != 'object' ? false : "
         f"$count($filter($append([], $keys($one)), {unknown})) > 0 ? false : "
         # A comparison with something missing is false in JSONata, unequal included: hence $not.
         "$not($type($one.min) = 'number') ? false : $not($type($one.max) = 'number') ? false : $one.min >= $one.max ? false : "
@@ -341,10 +348,8 @@ def _searchable_expectation() -> str:
 
 def _warm_start() -> list[str]:
     """``tuning.warm_start``: names of earlier tuning jobs. SageMaker documents it for two strategies."""
-    names = (
-        "$type($t.warm_start) = 'array' ? ($count($t.warm_start) <= 5 ? $count($filter($t.warm_start, function($name) "
-        "{ $not($contains($text($name), /^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,31}$/)) })) = 0 : false) : false"
-    )
+    named = _all("$t.warm_start", "$contains($text($value), /^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,31}$/)")
+    names = f"$type($t.warm_start) = 'array' ? ($count($t.warm_start) <= 5 ? {named} : false) : false"
     return [
         _bad("tuning.warm_start", "$t.warm_start", names, "a list of at most 5 names of earlier tuning jobs, such as []"),
         _one_of("tuning.warm_start_type", "$t.warm_start_type", WARM_START_TYPES),

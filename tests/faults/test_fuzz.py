@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from infra.config import MachineInput
 from infra.pipeline import definition
 from infra.verify import walk
 from infra.verify.configurations import config_of
@@ -150,6 +151,10 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)),
     max_leaves=8,
 )
+LISTS = st.lists(st.sampled_from([None, [], [[]], {}, "", 64]), min_size=1, max_size=2)
+RANGES = st.fixed_dictionaries(
+    {"min": st.one_of(st.just(0.1), VALUES), "max": st.just(0.5)}, optional={"scale": VALUES, "integer": VALUES}
+)
 GROUPS = {
     "tuning": ["strategy", "max_jobs", "max_parallel_jobs", "batch_size", "learning_rate", "ranges", "warm_start", "seed"],
     "hyperparameters": ["epochs", "learning_rate", "batch_size", "optimizer", "weight_decay", "nonsense"],
@@ -157,6 +162,11 @@ GROUPS = {
 }
 FIELDS = ["action", "source", "recipe", "backbone", "pretrained", "image_size", "model_package", "input", "dry_run", "tuning",
           "hyperparameters", "quality_gate", "nonsense"]  # fmt: skip
+PATHS = [
+    *([name] for name in FIELDS),
+    *([group, name] for group, names in GROUPS.items() for name in names),
+    *(["tuning", "ranges", name] for name in ("epochs", "optimizer")),
+]
 
 
 @st.composite
@@ -175,8 +185,17 @@ def inputs(draw: Any) -> Any:
     return made
 
 
+@st.composite
+def near_misses(draw: Any) -> Any:
+    """One value somewhere, so that no other field's fault hides it."""
+    made = draw(st.one_of(VALUES, LISTS, RANGES))
+    for name in reversed(draw(st.sampled_from(PATHS))):
+        made = {name: made}
+    return made
+
+
 def check(given_input: Any) -> None:
-    """The execution ends in one of its own ends, and no expression fails on the way."""
+    """The execution ends in one of its own ends, no expression fails, and nothing starts that no stage may have as its default."""
     machine = walk.Walk(MACHINE, walk.Account())
     last, output = machine.run(given_input)
     assert MACHINE["States"][last]["Type"] in ("Succeed", "Fail")
@@ -184,6 +203,15 @@ def check(given_input: Any) -> None:
     if last == "InvalidInput":
         assert not machine.asked
         assert output["Cause"].strip()
+    else:
+        MachineInput.model_validate(merged(given_input))
+
+
+def merged(given_input: dict[str, Any]) -> dict[str, Any]:
+    """An input laid over the stage's defaults, in Python."""
+    defaults = CONFIG.input.model_dump(mode="json")
+    groups = {name: {**defaults[name], **given_input.get(name, {})} for name in GROUPS}
+    return {**defaults, **given_input, **groups}
 
 
 def corpus_inputs() -> list[Any]:
@@ -194,7 +222,7 @@ def fuzz_inputs(examples: int, landed: Landed) -> None:
     tried = 0
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(given_input=inputs())
+    @given(given_input=st.one_of(inputs(), near_misses()))
     def try_one(given_input: Any) -> None:
         nonlocal tried
         tried += 1

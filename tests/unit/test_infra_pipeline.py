@@ -597,6 +597,8 @@ def test_spot_waits_longer_than_it_runs():
         ({"hyperparameters": {"learning_rate": 0.1}}, "hyperparameters is"),
         ({"hyperparameters": {"sagemaker_program": "x.py"}}, "expected only names among resize_size,"),
         ({"hyperparameters": {"epochs": [1]}}, "expected texts, numbers, true or false as values"),
+        ({"hyperparameters": {"epochs": []}}, "expected texts, numbers, true or false as values"),
+        ({"hyperparameters": {"epochs": None}}, "expected texts, numbers, true or false as values"),
         ({"hyperparameters": 3}, "hyperparameters is 3; expected an object"),
         ({"tuning": 3}, "tuning is 3; expected an object"),
         ({"tuning": {"strategy": "Guess"}}, "tuning.strategy is Guess; expected one of Bayesian, Random, Grid, Hyperband."),
@@ -605,6 +607,9 @@ def test_spot_waits_longer_than_it_runs():
         ({"tuning": {"learning_rate": 0.1}}, "tuning.learning_rate is 0.1;"),
         ({"tuning": {"batch_size": [0]}}, "tuning.batch_size is"),
         ({"tuning": {"batch_size": []}}, "tuning.batch_size is"),
+        ({"tuning": {"batch_size": 64}}, "tuning.batch_size is 64; expected a list of integers from 1 to 8192"),
+        ({"input": 5}, "input is 5; expected a prefix with pictures for action batch"),
+        ({"model_package": None}, "model_package is null; expected the ARN of a version in the model package group dogs-dev"),
         ({"tuning": {"ranges": 3}}, "tuning.ranges is 3; expected an object with at most 20 names"),
         ({"tuning": {"ranges": {"colour": [1]}}}, "tuning.ranges.colour is [1]; expected a name among"),
         ({"tuning": {"ranges": {"learning_rate": [1]}}}, "tuning.ranges.learning_rate is [1]; expected a name among"),
@@ -652,6 +657,20 @@ def test_bad_input_is_refused_with_its_name(given: Any, named: str):
     assert last == "InvalidInput"
     assert output["Error"] == "InvalidInput"
     assert named in output["Cause"]
+    assert "PrepareData" not in machine.visited
+
+
+@pytest.mark.parametrize("field", ["tuning.batch_size", "tuning.warm_start", "tuning.ranges.epochs"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a good one"])
+@pytest.mark.parametrize("value", [None, [], {}, [[]], [64]], ids=json.dumps)
+def test_one_bad_value_in_a_list_is_enough(field: str, beside: bool, value: Any):
+    good = {"tuning.batch_size": 64, "tuning.warm_start": "dogs-dev-1", "tuning.ranges.epochs": 5}[field]
+    given: Any = [value, good] if beside else [value]
+    for name in reversed(field.split(".")):
+        given = {name: given}
+    machine, last, output = walk(given)
+    assert last == "InvalidInput"
+    assert f"{field} is [{json.dumps(value)}" in output["Cause"]
     assert "PrepareData" not in machine.visited
 
 
