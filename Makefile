@@ -70,7 +70,7 @@ test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among the
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
 	@$(VENV)/bin/python -m pytest
 
-faults: $(VENV)/.test $(CLI)  ## the fault tests alone, slow ones too (an hour), and docs/faults.md made from them
+faults: $(VENV)/.test $(CLI)  ## the fault tests alone, slow ones too (an hour and a half), and docs/faults.md made from them
 	@$(VENV)/bin/python -m pytest tests/faults --write-faults
 
 audit: $(UV)  ## known vulnerabilities of every locked package (asks PyPI and npm)
