@@ -95,9 +95,9 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudUnderTest]:
         yield CloudUnderTest(root, f"http://localhost:{port}")
 
 
+# No --disable-gpu: with it a new page sometimes gets no animation frame at all, and nothing on it is ever drawn.
 CHROMIUM_FLAGS = [
     "--no-sandbox",
-    "--disable-gpu",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
