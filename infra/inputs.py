@@ -32,9 +32,10 @@ MAX_KEY = 180
 """Characters of a key given as source."""
 
 # Set by the state machine itself, from other fields or from the search.
+RESERVED_HYPERPARAMETERS = ("recipe", "backbone", "pretrained", "image_size", "learning_rate", "batch_size")
+
 SCALARS = "['string', 'number', 'boolean']"
 """JSONata: the types a single hyperparameter may have."""
-RESERVED_HYPERPARAMETERS = ("recipe", "backbone", "pretrained", "image_size", "learning_rate", "batch_size")
 
 CACHED_HYPERPARAMETERS = ("resize_size", "feature_views", "horizontal_flip", "random_resized_crop_min_scale", "seed")
 """What CacheFeatures bakes into the features: a trial cannot change it afterwards."""
