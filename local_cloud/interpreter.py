@@ -1,8 +1,9 @@
-"""moto's Amazon States Language interpreter, with the two organs it lacks: JSONata and calls to AWS services.
+"""moto's Amazon States Language interpreter, with the three organs it lacks: JSONata, calls to AWS services, and a brake.
 
-moto 5.2 parses and walks the language faithfully, but evaluates JSONata through a Java bridge it does not ship and refuses the
-optimised integrations for SageMaker and CodeBuild. ``install`` gives it an evaluator (jsonata-python, with the functions that
-Step Functions adds) and one task class for every service. These two names of moto are private, nothing else in the project touches
+moto 5.2 parses and walks the language faithfully, but evaluates JSONata through a Java bridge it does not ship, refuses the
+optimised integrations for SageMaker and CodeBuild, and misses a stop that comes at a bad moment. ``install`` gives it an evaluator
+(jsonata-python, with the functions that Step Functions adds), one task class for every service and a ``Wait`` that listens;
+``StoppableExecution`` is its execution. The names of moto that this takes are private, nothing else in the project touches
 them, and ``tests/unit/test_local_interpreter.py`` fails when a new version moves them.
 
 Sources: the Step Functions developer guide, https://docs.aws.amazon.com/step-functions/latest/dg/: transforming-data.html (JSONata
@@ -20,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 import botocore
@@ -29,6 +31,7 @@ from botocore.response import StreamingBody
 from jsonata import Jsonata
 from jsonata.utils import Utils as JsonataUtils
 from moto.stepfunctions.parser.api import (
+    ExecutionStatus,
     HistoryEventExecutionDataDetails,
     HistoryEventType,
     TaskFailedEventDetails,
@@ -41,11 +44,18 @@ from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name
 from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
 from moto.stepfunctions.parser.asl.component.state.exec.state_task import state_task_factory
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service import StateTaskService
+from moto.stepfunctions.parser.asl.component.state.wait.wait_function.wait_function import WaitFunction
+from moto.stepfunctions.parser.asl.eval.environment import Environment
 from moto.stepfunctions.parser.asl.eval.event.event_detail import EventDetails
+from moto.stepfunctions.parser.asl.eval.program_state import ProgramStopped
 from moto.stepfunctions.parser.asl.utils.encoding import to_json_str
+from moto.stepfunctions.parser.backend.execution import BaseExecutionWorkerCommunication, Execution
 
 POLL_INTERVAL_S = 0.5
-"""How often a ``.sync`` task asks its service for the job's state."""
+"""How often a ``.sync`` task asks its service for the job's state, and a ``Wait`` whether the execution goes on."""
+
+BEGIN_S = 60.0
+"""How long a stop waits for an execution that is just being started: its definition is parsed first."""
 
 
 class Clients(Protocol):
@@ -419,12 +429,67 @@ def _task_for(service_name: str) -> AwsTask:
     return AwsTask()
 
 
+# ---- Stopping --------------------------------------------------------------------------------------------------------
+
+
+class StoppableExecution(Execution):  # type: ignore[misc]
+    """An execution that is ABORTED from the moment it is stopped, as on AWS; what it was doing ends soon after.
+
+    moto's own forgets a stop that comes before the first state has begun, and says FAILED where a state was just being left.
+    Source: https://docs.aws.amazon.com/step-functions/latest/apireference/API_StopExecution.html
+    """
+
+    def stop(self, stop_date: datetime, error: str | None, cause: str | None) -> None:
+        """Nothing happens to an execution that has ended. Raises ``TimeoutError`` when it does not begin within ``BEGIN_S``."""
+        deadline_s = time.monotonic() + BEGIN_S
+        while len(self.to_history_output()["events"]) < 2:  # it has started, and entered its first state
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"Execution {self.name} did not begin within {BEGIN_S} s")
+            time.sleep(0.01)
+        env = self.exec_worker.env
+        with env._state_mutex:
+            if env.is_running():
+                env.set_stop(stop_date=stop_date, error=error, cause=cause)
+                self.exec_status, self.stop_date = ExecutionStatus.ABORTED, stop_date
+                self.error, self.cause = error, cause
+
+    def _get_start_execution_worker_comm(self) -> BaseExecutionWorkerCommunication:
+        return _Ending(self)
+
+
+class _Ending(BaseExecutionWorkerCommunication):  # type: ignore[misc]
+    """Tells the execution how its thread ended, unless it was stopped before that."""
+
+    def terminated(self) -> None:
+        if self.execution.exec_status == ExecutionStatus.RUNNING:
+            super().terminated()
+
+
+def _wait_interval(self: WaitFunction, env: Environment, wait_seconds: float) -> None:
+    """Replaces ``WaitFunction._wait_interval``, which waits to the end when the stop came while the state was being entered."""
+    deadline_s = time.monotonic() + wait_seconds
+    while env.is_running() and (left_s := deadline_s - time.monotonic()) > 0:
+        env.program_state_event.wait(min(left_s, POLL_INTERVAL_S))
+
+
+_moto_set_error = Environment.set_error
+
+
+def _set_error(self: Environment, error: Any) -> None:
+    """Replaces ``Environment.set_error``: what fails because the execution was stopped is no failure of the execution."""
+    with self._state_mutex:
+        if not isinstance(self._program_state, ProgramStopped):
+            _moto_set_error(self, error=error)
+
+
 _install_lock = threading.Lock()
 
 
 def install(clients: Clients) -> None:
-    """Rebind moto's two private names for this process. Safe to call again with other clients."""
+    """Rebind moto's private names for this process. Safe to call again with other clients."""
     with _install_lock:
         AwsTask.clients = staticmethod(clients)
         StringJSONata._eval_body = _eval_jsonata_string
         state_task_factory.state_task_service_for = _task_for
+        WaitFunction._wait_interval = _wait_interval
+        Environment.set_error = _set_error

@@ -13,10 +13,10 @@ from typing import Any
 
 from botocore.config import Config
 from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
-from moto.stepfunctions.parser.backend.execution import Execution
 from moto.stepfunctions.parser.backend.state_machine import StateMachineInstance
 
 from local_cloud import interpreter
+from local_cloud.interpreter import StoppableExecution
 from local_cloud.service import Caller, Cloud, Permission, ServiceError
 
 OPERATIONS = frozenset(
@@ -46,7 +46,7 @@ class StepFunctions:
 
     def __init__(self, cloud: Cloud) -> None:
         self._cloud = cloud
-        self._executions: dict[str, Execution] = {}
+        self._executions: dict[str, StoppableExecution] = {}
         self._lock = threading.Lock()
         interpreter.install(self._client)
 
@@ -67,9 +67,10 @@ class StepFunctions:
         }
         return handlers[operation](request)
 
-    def executions(self) -> list[Execution]:
+    def executions(self) -> list[StoppableExecution]:
         """All executions so far, those that have ended among them."""
-        return list(self._executions.values())
+        with self._lock:
+            return list(self._executions.values())
 
     def stop(self) -> None:
         """Abort what runs, so that its jobs are stopped."""
@@ -82,8 +83,9 @@ class StepFunctions:
         config = Config(retries={"max_attempts": 0}, read_timeout=900, connect_timeout=10)
         return session.client(service, endpoint_url=self._cloud.url, region_name=self._cloud.region, config=config)
 
-    def _find(self, request: dict[str, Any]) -> Execution:
-        execution = self._executions.get(request["executionArn"])
+    def _find(self, request: dict[str, Any]) -> StoppableExecution:
+        with self._lock:  # what is in the table has been started
+            execution = self._executions.get(request["executionArn"])
         if execution is None:
             raise ServiceError("ExecutionDoesNotExist", f"Execution Does Not Exist: '{request['executionArn']}'")
         return execution
@@ -109,7 +111,7 @@ class StepFunctions:
                 if known.exec_status == "RUNNING" and known.input_data == json.loads(text):
                     return dict(known.to_start_output())
                 raise ServiceError("ExecutionAlreadyExists", f"Execution Already Exists: '{arn}'")
-            execution = Execution(
+            execution = StoppableExecution(
                 name=name, sm_type=machine.sm_type, role_arn=machine.role_arn, exec_arn=arn, account_id=self._cloud.account,
                 region_name=self._cloud.region, state_machine=machine, start_date=asked,
                 cloud_watch_logging_session=None, activity_store={}, input_data=text,

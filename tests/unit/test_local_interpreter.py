@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -17,7 +18,11 @@ from botocore.exceptions import ClientError
 from botocore.response import StreamingBody
 from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
 from moto.stepfunctions.parser.asl.component.state.exec.state_task import state_task_factory
+from moto.stepfunctions.parser.asl.component.state.wait.wait_function.seconds import Seconds
+from moto.stepfunctions.parser.asl.component.state.wait.wait_function.wait_function import WaitFunction
+from moto.stepfunctions.parser.asl.eval.environment import Environment
 from moto.stepfunctions.parser.backend.execution import Execution
+from moto.stepfunctions.parser.backend.execution_worker import ExecutionWorker
 from moto.stepfunctions.parser.backend.state_machine import StateMachineInstance
 
 from infra.config import load
@@ -31,6 +36,11 @@ def test_the_private_names_of_moto_are_where_we_rebind_them():
     assert list(inspect.signature(interpreter.StateTaskService._eval_service_task).parameters) == list(
         inspect.signature(interpreter.AwsTask._eval_service_task).parameters
     )
+    assert list(inspect.signature(WaitFunction._wait_interval).parameters) == ["self", "env", "wait_seconds"]
+    assert "self._wait_interval(" in inspect.getsource(WaitFunction._eval_body)
+    assert list(inspect.signature(Environment.set_error).parameters) == ["self", "error"]
+    assert "self._get_start_execution_worker_comm()" in inspect.getsource(Execution._get_start_execution_worker)
+    assert "self._execution_communication.terminated()" in inspect.getsource(ExecutionWorker._execution_logic)
 
 
 def test_an_expression_knows_nothing_of_its_earlier_evaluation_nor_of_another_thread():
@@ -94,6 +104,7 @@ class FakeClient:
             answer = self._answers[name]
             answer = answer.pop(0) if isinstance(answer, list) and len(answer) > 1 else answer
             answer = answer[0] if isinstance(answer, list) else answer
+            answer = answer() if callable(answer) else answer
             if isinstance(answer, Exception):
                 raise answer
             return answer
@@ -101,20 +112,27 @@ class FakeClient:
         return call
 
 
-def run(
-    states: dict[str, Any], answers: dict[str, Any], machine_input: dict[str, Any] | None = None, stop_after_s: float | None = None
-):
+def begin(states: dict[str, Any], answers: dict[str, Any], machine_input: dict[str, Any] | None = None):
+    """An execution that has been started, and the list of its calls."""
     calls: list[tuple[str, dict[str, Any]]] = []
     interpreter.install(lambda service, role_arn: FakeClient(service, answers, calls))
     definition = json.dumps({"QueryLanguage": "JSONata", "StartAt": next(iter(states)), "States": states})
     arn = "arn:aws:states:us-east-1:000000000000:stateMachine:m"
     machine = StateMachineInstance(name="m", arn=arn, definition=definition, role_arn="role", logging_config={})
-    execution = Execution(
+    execution = interpreter.StoppableExecution(
         name="e", sm_type=machine.sm_type, role_arn="role", exec_arn=f"{arn}:e", account_id="0", region_name="us-east-1",
         state_machine=machine, start_date=datetime.now(UTC), cloud_watch_logging_session=None, activity_store={},
         input_data=json.dumps(machine_input or {}),
     )  # fmt: skip
     execution.start()
+    return execution, calls
+
+
+def run(
+    states: dict[str, Any], answers: dict[str, Any], machine_input: dict[str, Any] | None = None, stop_after_s: float | None = None
+):
+    """An execution that has ended, and its calls."""
+    execution, calls = begin(states, answers, machine_input)
     started_s = time.monotonic()
     while execution.exec_status == "RUNNING" and time.monotonic() - started_s < 20:
         if stop_after_s is not None and time.monotonic() - started_s > stop_after_s:
@@ -175,6 +193,90 @@ def test_an_aborted_execution_stops_its_job():
     while ("stop_processing_job", PROCESSING) not in calls and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert ("stop_processing_job", PROCESSING) in calls
+
+
+def stop(execution: interpreter.StoppableExecution) -> datetime:
+    """Stop it as StopExecution does, and see that it is over at once, with all that was said."""
+    now = datetime.now(UTC)
+    execution.stop(stop_date=now, error="Enough", cause="a test")
+    assert stopped(execution, now)
+    return now
+
+
+def stopped(execution: interpreter.StoppableExecution, when: datetime) -> bool:
+    described = execution.to_describe_output()
+    return [described.get(name) for name in ("status", "stopDate", "error", "cause")] == ["ABORTED", when, "Enough", "a test"]
+
+
+def ending(execution: interpreter.StoppableExecution) -> dict[str, Any]:
+    """Type and details of the event that ends the history; empty when there is none within 10 s."""
+    deadline_s = time.monotonic() + 10
+    while time.monotonic() < deadline_s:
+        for event in execution.to_history_output()["events"][1:]:
+            if event["type"].startswith("Execution"):
+                return {name: value for name, value in event.items() if name == "type" or name.endswith("Details")}
+        time.sleep(0.02)
+    return {}
+
+
+ABORTED = {"executionAbortedEventDetails": {"error": "Enough", "cause": "a test"}, "type": "ExecutionAborted"}
+LONG = {"Type": "Wait", "Seconds": 600}
+
+
+def test_a_stop_right_after_the_start_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    parse = ExecutionWorker._get_evaluation_entrypoint
+    monkeypatch.setattr(ExecutionWorker, "_get_evaluation_entrypoint", lambda self: (time.sleep(0.2), parse(self))[1])
+    execution, calls = begin({"A": {**LONG, "Next": "B"}, "B": task("sagemaker:createProcessingJob", PROCESSING)}, {})
+    assert execution.exec_worker.env is None, "it has not begun"
+    when = stop(execution)
+    assert ending(execution) == ABORTED
+    assert stopped(execution, when)
+    assert calls == []
+
+
+def test_a_wait_that_is_just_being_entered_hears_the_stop(monkeypatch: pytest.MonkeyPatch):
+    known, asked = queue.SimpleQueue[interpreter.StoppableExecution](), list[datetime]()
+
+    def seconds(self: Seconds, env: Any) -> int:
+        asked.append(stop(known.get(timeout=10)))
+        return 600
+
+    monkeypatch.setattr(Seconds, "_get_wait_seconds", seconds)
+    execution, _ = begin({"A": {**LONG, "End": True}}, {})
+    known.put(execution)
+    assert ending(execution) == ABORTED
+    assert stopped(execution, *asked)
+
+
+def test_a_stop_as_the_job_ends_is_no_failure_and_nothing_follows():
+    """SageMaker refuses to stop a job that has ended; the state would catch that."""
+    known, asked = queue.SimpleQueue[interpreter.StoppableExecution](), list[datetime]()
+
+    def describe() -> dict[str, Any]:
+        asked.append(stop(known.get(timeout=10)))
+        return {"ProcessingJobStatus": "InProgress"}
+
+    catch = [{"ErrorEquals": ["States.ALL"], "Next": "B"}]
+    states = {
+        "A": task("sagemaker:createProcessingJob.sync", PROCESSING, Catch=catch),
+        "B": task("sagemaker:createProcessingJob", PROCESSING),
+    }
+    refused = client_error("ValidationException")
+    execution, calls = begin(
+        states, {"create_processing_job": {}, "describe_processing_job": describe, "stop_processing_job": refused}
+    )
+    known.put(execution)
+    assert ending(execution) == ABORTED
+    assert stopped(execution, *asked)
+    assert [name for name, _ in calls] == ["create_processing_job", "describe_processing_job", "stop_processing_job"]
+
+
+def test_an_execution_that_has_ended_cannot_be_stopped():
+    execution, _ = run({"A": {"Type": "Succeed"}}, {})
+    ended = execution.to_describe_output()
+    execution.stop(stop_date=datetime.now(UTC), error="Enough", cause="a test")
+    assert execution.to_describe_output() == ended
+    assert ended["status"] == "SUCCEEDED"
 
 
 def test_a_state_that_times_out_stops_its_job():
