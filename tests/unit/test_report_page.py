@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from classifier import comparing, reporting
+from playwright import sync_api
 from report_fakes import HOSTILE, FakeSageMaker, evaluated, flags, history, write_json, write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # smdebug, which reads profiles, is unmaintained
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # smdebug
 AXE = Path(__file__).resolve().parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 PHONE = {"viewport": {"width": 360, "height": 780}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
+GETS_FRAMES = "new Promise(done => { requestAnimationFrame(() => done(true)); setTimeout(() => done(false), 5000); })"
 CANVASES = "[...document.querySelectorAll('.canvas')]"
 
 
@@ -61,6 +63,18 @@ class Opened:
 
     def draw_all(self) -> None:
         """Scroll through the page as a reader does, until every plot is drawn."""
+        try:
+            self._scroll()
+        except sync_api.TimeoutError:
+            # Rarely (1 of 466 pages, on a busy machine) Chromium gives a page no more frames until it is loaded anew. A page cannot
+            # do that to itself: what blocks its frames blocks its timers, and this question would not be answered.
+            if self.page.evaluate(GETS_FRAMES):
+                raise
+            self.requests.clear()
+            self.page.reload()
+            self._scroll()
+
+    def _scroll(self) -> None:
         for canvas in self.page.query_selector_all(".canvas"):
             canvas.scroll_into_view_if_needed()
             self.page.wait_for_function("c => c.querySelector('.main-svg')", arg=canvas)
