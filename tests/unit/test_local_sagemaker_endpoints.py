@@ -29,7 +29,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if body == b"die": os._exit(1)
-        if body == b"slow": time.sleep(1.5)
+        if body == b"slow": print("slow one", flush=True); time.sleep(1.5)
         code = 415 if body == b"bad" else 200
         told = {"name": name, "pid": os.getpid(), "type": self.headers["Content-Type"], "accept": self.headers["Accept"],
             "custom": self.headers["X-Amzn-SageMaker-Custom-Attributes"], "extra": os.environ.get("EXTRA")}
@@ -107,7 +107,10 @@ def test_an_endpoint_from_creation_to_deletion(cloud: FakeCloud, sagemaker: Sage
 
     slow = threading.Thread(target=sagemaker.invoke_endpoint, args=("E", b"slow", {}))
     slow.start()
-    time.sleep(0.5)
+    log = cloud.root / "logs" / "endpoints" / "E.log"
+    while "slow one" not in log.read_text():
+        assert slow.is_alive()
+        time.sleep(0.02)
     assert sagemaker.invoke_endpoint("E", b"hello", {})[1]["x-amzn-errortype"] == "ThrottlingException"
     slow.join()
 
@@ -124,7 +127,7 @@ def test_an_endpoint_from_creation_to_deletion(cloud: FakeCloud, sagemaker: Sage
     assert (moved["EndpointStatus"], moved["EndpointConfigName"]) == ("InService", "two")
     assert "FailureReason" not in moved
     assert json.loads(sagemaker.invoke_endpoint("E", b"hello", {})[2])["name"] == "two"
-    assert "starting two" in (cloud.root / "logs" / "endpoints" / "E.log").read_text()
+    assert "starting two" in log.read_text()
 
     call("DeleteEndpoint", EndpointName="E")
     gone(call, "E")

@@ -178,29 +178,35 @@ def worker(rank: int, port: int, roots: list[str], pauses_s: list[float]) -> Non
     """One of two processes that average gradients, with a pause in each forward pass. Its node is algo-1 or algo-2."""
     import warnings
 
-    from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
+    from classifier import distributed
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), SM_CURRENT_HOST=f"algo-{rank + 1}")
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     for root, pause_s in zip(roots, pauses_s, strict=True):
-        network = DistributedDataParallel(Network(lambda pause_s=pause_s: time.sleep(pause_s)))
-        timeline = profiling.StepTimeline(Path(root))
-        timeline.mode("train")
-        for batch in Loader(40).epoch(0):
-            timeline.mark("DataLoading")
-            loss = torch.nn.functional.cross_entropy(network(batch.inputs.float() / 255), batch.labels)
-            timeline.mark("Forward")
-            loss.backward()
-            timeline.mark("Backward")
-            for weight in network.parameters():
-                weight.data.sub_(weight.grad, alpha=0.01)
-                weight.grad = None
-            timeline.mark("Optimizer")
-        timeline.close()
-    distributed.destroy_process_group()
+        average(Path(root), pause_s)
+    distributed.stop()
+
+
+def average(root: Path, pause_s: float) -> None:
+    """Forty steps. The network is gone before the group is left, as in a training: where it goes later, gloo may never end."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    network = DistributedDataParallel(Network(lambda: time.sleep(pause_s)))
+    timeline = profiling.StepTimeline(root)
+    timeline.mode("train")
+    for batch in Loader(40).epoch(0):
+        timeline.mark("DataLoading")
+        loss = torch.nn.functional.cross_entropy(network(batch.inputs.float() / 255), batch.labels)
+        timeline.mark("Forward")
+        loss.backward()
+        timeline.mark("Backward")
+        for weight in network.parameters():
+            weight.data.sub_(weight.grad, alpha=0.01)
+            weight.grad = None
+        timeline.mark("Optimizer")
+    timeline.close()
 
 
 def test_a_slow_worker_of_two_fires_load_balancing_and_an_equal_one_does_not(tmp_path: Path):
