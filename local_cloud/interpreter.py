@@ -444,14 +444,15 @@ class StoppableExecution(Execution):  # type: ignore[misc]
         deadline_s = time.monotonic() + BEGIN_S
         while len(self.to_history_output()["events"]) < 2:  # it has started, and entered its first state
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"Execution {self.name} did not begin within {BEGIN_S} s")
+                raise TimeoutError(f"Execution {self.name} did not begin within {BEGIN_S:.0f} s; stop it again in a moment")
             time.sleep(0.01)
         env = self.exec_worker.env
         with env._state_mutex:
             if env.is_running():
-                env.set_stop(stop_date=stop_date, error=error, cause=cause)
+                # The status first: the thread that ends must find it, or it writes its own.
                 self.exec_status, self.stop_date = ExecutionStatus.ABORTED, stop_date
                 self.error, self.cause = error, cause
+                env.set_stop(stop_date=stop_date, error=error, cause=cause)
 
     def _get_start_execution_worker_comm(self) -> BaseExecutionWorkerCommunication:
         return _Ending(self)

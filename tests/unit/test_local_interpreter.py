@@ -234,6 +234,16 @@ def test_a_stop_right_after_the_start_is_not_lost(monkeypatch: pytest.MonkeyPatc
     assert calls == []
 
 
+def test_a_stop_that_is_not_heard_says_so(monkeypatch: pytest.MonkeyPatch):
+    parse = ExecutionWorker._get_evaluation_entrypoint
+    monkeypatch.setattr(ExecutionWorker, "_get_evaluation_entrypoint", lambda self: (time.sleep(0.5), parse(self))[1])
+    monkeypatch.setattr(interpreter, "BEGIN_S", 0.05)
+    execution, _ = begin({"A": {"Type": "Succeed"}}, {})
+    with pytest.raises(TimeoutError, match="stop it again"):
+        stop(execution)
+    assert ending(execution)["type"] == "ExecutionSucceeded"
+
+
 def test_a_wait_that_is_just_being_entered_hears_the_stop(monkeypatch: pytest.MonkeyPatch):
     known, asked = queue.SimpleQueue[interpreter.StoppableExecution](), list[datetime]()
 
