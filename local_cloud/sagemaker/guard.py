@@ -71,13 +71,25 @@ def _watch_lifeline(group: int) -> None:
 
 def main(command: list[str]) -> int:
     """Run ``command`` to its end."""
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            _signal_group(child.pid, number)
+
+    # Before the command exists: a SIGTERM in between would end the guard alone and leave the command running.
+    signal.signal(signal.SIGTERM, pass_on)
     _adopt_orphans()
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
         print(f"exec {command[0]!r} failed: {error.strerror}", flush=True)
         return 127
-    signal.signal(signal.SIGTERM, lambda *_: _signal_group(child.pid, signal.SIGTERM))
+    for number in early:
+        _signal_group(child.pid, number)
     threading.Thread(target=_watch_lifeline, args=(child.pid,), daemon=True).start()
     code = child.wait()
     _kill_everything(child.pid)

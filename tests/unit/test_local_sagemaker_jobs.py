@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -314,6 +315,30 @@ def test_a_killed_cloud_takes_its_jobs_with_it() -> None:
         host.kill()
         host.wait()
     assert gone(pid)
+
+
+STOPPED_AT_ONCE = """
+import os, signal, subprocess, sys
+from local_cloud.sagemaker import guard
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # the stop comes before anything else can be done with the command
+
+subprocess.Popen = Popen
+os._exit(guard.main(["sleep", "300"]))
+"""
+
+
+def test_a_stop_as_the_container_starts_reaches_the_container() -> None:
+    pipe, root = subprocess.PIPE, Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", STOPPED_AT_ONCE], stdin=pipe, stdout=pipe, text=True, cwd=root) as host:
+        assert host.stdout is not None
+        pid = int(host.stdout.readline())
+        assert host.wait(10) == 128 + signal.SIGTERM, "the guard reports what ended the command, and does not die of it itself"
+        assert gone(pid)
 
 
 def test_a_missing_program_ends_as_in_a_shell(tmp_path: Path) -> None:
