@@ -5,6 +5,7 @@ Without torchrun there is one process and every function here does nothing. See 
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -15,15 +16,25 @@ from torch import Tensor, distributed
 def start() -> None:
     """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        # Its functions take the group of all processes as their default at import. DistributedDataParallel imports them, and would
+        # do so when that group exists: they would hold it, and gloo's threads, beyond ``stop``.
+        from torch.distributed import nn  # noqa: F401
+
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop() -> None:
-    """Leave the group together: a process that is still waiting for one that has gone is aborted."""
+    """Leave the group together: a process that is still waiting for one that has gone is aborted.
+
+    The group ends with its last holder, so the networks that average gradients in it go first. Its threads end with it: one of
+    gloo's that still has a tensor to let go of when the interpreter ends aborts the process, after a training that went well
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
     if distributed.is_initialized():
         distributed.barrier()
+        gc.collect()
         distributed.destroy_process_group()
 
 

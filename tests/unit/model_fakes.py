@@ -74,3 +74,26 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
     env = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(MODEL_CODE / name), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+
+
+_LAST_THREADS = """
+import atexit, os
+from pathlib import Path
+if "RANK" in os.environ:
+    names = lambda: "".join(thread.read_text() for thread in Path("/proc/self/task").glob("*/comm"))
+    atexit.register(lambda: Path(__file__).with_name("rank-" + os.environ["RANK"]).write_text(names()))
+"""
+
+
+def note_last_threads(folder: Path) -> str:
+    """For PYTHONPATH: each process that torchrun starts leaves the names of the threads with which it ends in ``folder``."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_LAST_THREADS)
+    return str(folder)
+
+
+def assert_gloo_has_ended(folder: Path) -> None:
+    """A thread of gloo's that is there when the interpreter ends may abort the process, after a training that went well."""
+    threads = {file.name: file.read_text().split() for file in sorted(folder.glob("rank-*"))}
+    assert set(threads) == {"rank-0", "rank-1"}, threads
+    assert not [name for names in threads.values() for name in names if "gloo" in name], threads

@@ -16,7 +16,7 @@ from classifier.debugging import followed_activations, followed_layers
 from classifier.engine import Trainer
 from classifier.errors import ConfigError
 from debugging_fakes import small, watched
-from model_fakes import MODEL_CODE, config, prepared
+from model_fakes import MODEL_CODE, assert_gloo_has_ended, config, note_last_threads, prepared
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # smdebug is unmaintained and says so in many ways
@@ -226,9 +226,10 @@ def test_the_first_of_two_processes_is_watched(dataset: Path, tmp_path: Path):
     command += ["--recipe", "scratch", "--epochs", "2", "--batch_size", "8", "--debug_interval", "1", "--precision", "fp32"]
     run = tmp_path / "run"
     places = {"SAGEMAKER_BASE_DIR": str(tmp_path), "SM_CHANNEL_DATASET": str(dataset), "RUN_OUTPUT_URI": run.as_uri()}
-    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1", "PYTHONPATH": note_last_threads(tmp_path / "threads")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_gloo_has_ended(tmp_path / "threads")
     trial = saved_tensors.open_trial(run / "debug-output")
     found = [saved_tensors.read_step(trial, number) for number in trial.steps()]
     assert [step.number for step in found] == [0, 1, 2, 3, 3, 4, 5, 6]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from classifier import features, model, training
-from model_fakes import MODEL_CODE, config, prepared, run_script
+from model_fakes import MODEL_CODE, assert_gloo_has_ended, config, note_last_threads, prepared, run_script
 from safetensors.torch import save_file
 
 # What AWS's container does for the hyperparameter sagemaker_torch_distributed_enabled (sagemaker_pytorch_container.training).
@@ -87,11 +87,13 @@ def two_processes(base: Path, channels: dict[str, Path], flags: dict[str, str]) 
         "SAGEMAKER_BASE_DIR": str(base),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": note_last_threads(base / "threads"),
     }
     done = subprocess.run([sys.executable, "-c", TRAIN], env=environment, capture_output=True, text=True, timeout=240, cwd=base)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "processes=2" in done.stdout
     assert "SIGABRT" not in done.stdout + done.stderr
+    assert_gloo_has_ended(base / "threads")
     assert sum(line.startswith("epoch=1/") for line in done.stdout.splitlines()) == 1, "one process of the two speaks"
     return json.loads((base / "model" / "trial.json").read_text())["history"]
 

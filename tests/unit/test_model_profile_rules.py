@@ -182,8 +182,9 @@ def worker(rank: int, port: int, roots: list[str], pauses_s: list[float]) -> Non
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), SM_CURRENT_HOST=f"algo-{rank + 1}")
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(SM_CURRENT_HOST=f"algo-{rank + 1}")
+    distributed.start()
     for root, pause_s in zip(roots, pauses_s, strict=True):
         average(Path(root), pause_s)
     distributed.stop()
