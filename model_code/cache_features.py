@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     places = ("dataset", "features", "pretrained_dir")
     values = {name: str(value) for name, value in asdict(flags).items() if name not in places}
     settings = config.from_mapping(values)  # the same checks as in training
-    training.use_threads()
+    training.use_cpus()
     info = read_info(Path(flags.dataset))
     folder = Path(flags.pretrained_dir) if flags.pretrained_dir else None
     network, name = model.pretrained_model(flags.backbone, flags.pretrained, folder)

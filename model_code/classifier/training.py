@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from classifier import checkpoint, distributed, features, model
 from classifier.batches import Batches, DeviceBatches, FeatureBatches, PictureBatches, choose_workers
 from classifier.config import CACHED_FEATURES, WATCHING, TrainingConfig
-from classifier.cpus import cpu_count
+from classifier.cpus import cpu_count, keep_freed_memory
 from classifier.dataset import (
     DatasetInfo,
     DecodedSplit,
@@ -57,8 +57,9 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def use_threads() -> None:
-    """All CPUs for torch, unless OMP_NUM_THREADS says otherwise."""
+def use_cpus() -> None:
+    """All CPUs for torch, unless OMP_NUM_THREADS says otherwise, and memory that is asked for once."""
+    keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpu_count()))
 
 
@@ -83,7 +84,7 @@ class Setup:
 
 def prepare_run(config: TrainingConfig) -> Setup:
     """Read the channels and build the network. Raises DataError, ConfigError or WeightsError."""
-    use_threads()
+    use_cpus()
     distributed.start()
     say(f"processes={distributed.size()}")
     folder = channel("dataset")
