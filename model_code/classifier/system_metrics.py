@@ -74,8 +74,8 @@ class SystemSampler:
         import psutil
 
         cpus, demand, counters, started = _Cpus(psutil), _Demand(), _counters(psutil), time.monotonic()
-        last = due = started
-        while not self._stop.wait(max(0.0, (due := max(due + self._interval, time.monotonic())) - time.monotonic())):
+        last, due = started, started + self._interval
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
             now, after = time.monotonic(), _counters(psutil)
             readings = [*cpus.read(), *demand.read(), ("memory", "MemoryUsedPercent", "", psutil.virtual_memory().percent)]
             for (kind, name, dimension), value in after.items():
@@ -86,6 +86,8 @@ class SystemSampler:
             counters, last = after, now
             if self._write(readings, now):
                 self._report_cost(now - started)
+            # After a sample that came late the next one waits: what a few milliseconds held is no rate.
+            due = max(due + self._interval, time.monotonic() + self._interval / 2)
         self._report_cost(time.monotonic() - started)
 
     def _report_cost(self, elapsed: float) -> None:

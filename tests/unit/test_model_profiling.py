@@ -232,6 +232,18 @@ def test_a_busy_core_is_seen_busy(tmp_path: Path):
     assert 80 < max(wanted) < 250, "percent of a core: one thread that never sleeps"
 
 
+def test_a_late_sample_puts_off_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Samples that made up for it were a millisecond apart: a job was said to want 24 cores of 2."""
+    import psutil
+
+    memory, late = psutil.virtual_memory, iter((0.0, 0.35))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: (time.sleep(next(late, 0.0)), memory())[1])
+    stamps = sorted({event["Timestamp"] for event in sampled(tmp_path, 1.5, interval=0.1)})
+    gaps = [later - earlier for earlier, later in itertools.pairwise(stamps)]
+    assert max(gaps) > 0.35, "one was late"
+    assert min(gaps) > 0.04, "half an interval at least"
+
+
 def test_a_clock_that_jumps_moves_stamps_and_no_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real, started = time.time, time.monotonic()
     monkeypatch.setattr(time, "time", lambda: real() - 3600 * (time.monotonic() - started > 0.3))
