@@ -15,13 +15,13 @@ def cpu_count() -> int:
 
 
 def keep_freed_memory() -> None:
-    """From now on this process keeps what it frees, in bytes as many as it once needed, instead of giving it back to the system.
+    """From now on this process keeps the memory that it frees instead of giving it back to the system.
 
     A pass through a network on a CPU asks for the same hundreds of megabytes each time. Given back and asked for again, every
-    page of them is a page fault: half the time of a training step on 224 pixels was seen to go there. For a job, which ends; a
-    server wants the opposite. Where the C library is not glibc nothing happens.
+    page of them is a page fault: half the time of a training step on 224 pixels was seen to go there. The process stays as large as
+    it ever was: good for a job, which ends, not for a server. Where the C library is not glibc nothing happens.
 
-    Sources: mallopt(3); "Use a memory allocator" in https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html.
+    Source: mallopt(3), https://man7.org/linux/man-pages/man3/mallopt.3.html.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
