@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
     """From now on this process keeps the memory that it frees instead of giving it back to the system.
 
     A pass through a network on a CPU asks for the same hundreds of megabytes each time. Given back and asked for again, every
-    page of them is a page fault: half the time of a training step on 224 pixels was seen to go there. The process stays as large as
+    page of them is a page fault: almost half of a training step on 224 pixels was seen to go there. The process stays as large as
     it ever was: good for a job, which ends, not for a server. Where the C library is not glibc nothing happens.
 
     Source: mallopt(3), https://man7.org/linux/man-pages/man3/mallopt.3.html.
