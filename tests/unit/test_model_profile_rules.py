@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,7 +116,14 @@ def test_a_loader_that_decodes_huge_pictures_fires_cpu_bottleneck(tmp_path: Path
         Image.open(io.BytesIO(picture)).convert("RGB").load()
 
     with ThreadPoolExecutor(2 * cores) as workers:
-        train(tmp_path, Loader(25, lambda step: list(workers.map(decode, range(4 * cores)))))
+        # Two batches ahead, as a loader's workers are: they decode while the step is computed too.
+        batches = deque(workers.map(decode, range(4 * cores)) for _ in range(2))
+
+        def decoded(_: int) -> None:
+            batches.append(workers.map(decode, range(4 * cores)))
+            list(batches.popleft())
+
+        train(tmp_path, Loader(25, decoded))
     found = findings(tmp_path)
     assert {"CPUBottleneck", "Dataloader"} <= {name for name, finding in found.items() if finding.triggered}, found
     assert "s in" in found["CPUBottleneck"].detail
