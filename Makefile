@@ -24,6 +24,9 @@ RUN ?=
 BUCKET ?=
 OUT ?=
 IMAGE ?=
+# In how many processes tests run: more need more memory (3 GB each) and gain little, for two groups of tests take most of the time.
+PROCESSES ?= 2
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses "$(PROCESSES)" --dist loadfile
 # What `make verify` takes.
 NAMES ?=
 export DATA WEIGHTS BACKBONE INPUT OVERRIDE
@@ -65,13 +68,13 @@ compare: $(VENV)/.run  ## the page over all runs of a bucket
 	@$(VENV)/bin/python -m local_cloud.report compare --uri "$$BUCKET" --out "$$OUT"
 
 test: $(VENV)/.test $(CLI)  ## the fast tests, the whole state machine among them
-	@$(VENV)/bin/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.test $(CLI)  ## all tests, minutes-long ones too
-	@$(VENV)/bin/python -m pytest
+	@$(PYTEST)
 
 faults: $(VENV)/.test $(CLI)  ## the fault tests alone, slow ones too (an hour and a half), and docs/faults.md made from them
-	@$(VENV)/bin/python -m pytest tests/faults --write-faults
+	@$(PYTEST) tests/faults --write-faults
 
 audit: $(UV)  ## known vulnerabilities of every locked package (asks PyPI and npm)
 	@for list in requirements.txt model_code/requirements.txt model_code/requirements-server.txt model_code/requirements-server-gpu.txt; do \

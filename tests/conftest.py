@@ -13,11 +13,13 @@ from typing import Any
 import boto3
 import pytest
 
-pytest_plugins = ["fault_table", "deployment"]
+pytest_plugins = ["fault_table", "deployment", "workers"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 # smdebug's generated code needs protobuf's pure-Python mode, chosen before the first import.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+# Tests and what they start share the cores: threads that wait for one another sleep, for awake they keep others from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # ministack, imported by some tests, would otherwise leave a folder in /tmp.
 os.environ.setdefault("STATE_DIR", str(PROJECT / "build" / "ministack"))
 REAL_DATA = (PROJECT / os.environ.get("REAL_DATA", "../shared")).resolve()

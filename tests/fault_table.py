@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist import is_xdist_worker
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 
@@ -59,16 +60,12 @@ ROWS = {
 
 Landed = Callable[..., None]
 _COUNTS = pytest.StashKey[list[int]]()
+_FAULT = "fault"
 _outcomes: dict[str, dict[str, Any]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-faults", action="store_true", help="write the rows of docs/faults.md whose tests ran")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults come last: the other tests of a deployment begin with one that has no model yet."""
-    items.sort(key=lambda item: "faults" in item.path.parts)
 
 
 @pytest.fixture
@@ -84,20 +81,26 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     report: Any = yield
     mark = item.get_closest_marker("fault")
     if mark is not None:
-        counts = item.stash.get(_COUNTS, None)
-        if report.when == "call" and report.outcome == "passed" and not sum(counts or []):
+        injections = sum(item.stash.get(_COUNTS, []))
+        if report.when == "call" and report.outcome == "passed" and not injections:
             report.outcome, report.longrepr = "failed", "the fault never landed: this test has proven nothing"
-        seen = _outcomes.setdefault(item.nodeid, {"row": mark.args[0], "injections": 0, "seconds": 0.0, "result": "passed"})
-        # Fixtures take their time too: a cloud that is started for a row belongs to it.
-        seen["seconds"] += report.duration
-        seen["injections"] = sum(counts or [])
-        if report.outcome != "passed":
-            seen["result"] = report.outcome
+        # A property of the report reaches the process that writes the page, whichever ran the test.
+        report.user_properties.append((_FAULT, {"row": mark.args[0], "injections": injections}))
     return report  # type: ignore[no-any-return]
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    fault: Any = dict(report.user_properties).get(_FAULT)
+    if fault is not None:
+        seen = _outcomes.setdefault(report.nodeid, {"seconds": 0.0, "result": "passed"})
+        # Fixtures take their time too: a cloud that is started for a row belongs to it.
+        seen.update(fault, seconds=seen["seconds"] + report.duration)
+        if report.outcome != "passed":
+            seen["result"] = report.outcome
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--write-faults"):
+    if session.config.getoption("--write-faults") and not is_xdist_worker(session):
         PAGE.write_text(page(list(_outcomes.values()), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

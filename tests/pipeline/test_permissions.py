@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from infra.verify.deployment import Deployment
+from infra.verify.configurations import CONFIGURATIONS
+from infra.verify.deployment import Deployment, synthesise_all
 
 pytestmark = pytest.mark.pipeline
 
@@ -36,8 +37,8 @@ def _common(one: str, other: str) -> str:
     return one[: next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))]
 
 
-def test_what_a_run_does_not_use_is_explained(finished: Any, deployed: Any, templates: dict[str, Any]):
-    deployment = Deployment(templates["local"])
+def test_what_a_run_does_not_use_is_explained(finished: Any, deployed: Any, tmp_path: Path):
+    deployment = Deployment(synthesise_all(tmp_path, {"local": CONFIGURATIONS["local"]})["local"])
     roles = list(deployment.policies)
     used: set[tuple[str, str]] = set()
     for line in (deployed.cloud.root / "decisions.jsonl").read_text().splitlines():
