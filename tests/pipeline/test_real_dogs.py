@@ -44,6 +44,7 @@ def test_ten_breeds_on_cached_features(real_data, deployed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # 16,560 passes through the backbone: ten minutes on two slow cores alone, longer beside other tests
 def test_a_hundred_and_twenty_breeds_on_cached_features(real_data, deployed, tmp_path):
     _, output = train(deployed, real_data, "dogs-120", tmp_path)
     assert output["test_top1"] >= 0.74
