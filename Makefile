@@ -24,7 +24,7 @@ RUN ?=
 BUCKET ?=
 OUT ?=
 IMAGE ?=
-# In how many processes tests run: more need more memory (3 GB each) and gain little, for two groups of tests take most of the time.
+# In how many processes tests run. More than two gain little: most of the time goes into two groups that cannot be divided.
 PROCESSES ?= 2
 PYTEST = $(VENV)/bin/python -m pytest --numprocesses "$(PROCESSES)" --dist loadfile
 # What `make verify` takes.
@@ -40,6 +40,7 @@ help:  ## this list
 	@echo "  make run takes: DATA=folder|archive|https URL|s3 URI|dogs  WEIGHTS=state dict  BACKBONE=torchvision name"
 	@echo "                  INPUT='{...}' (the state machine's input)  OVERRIDE='{...}' (the stage's configuration)"
 	@echo "                  PORT=4566  EXIT=1 (post one test picture and end)"
+	@echo "  make test, test-all and faults take: PROCESSES=2 (how many run tests side by side)"
 	@echo "  make report takes:  RUN=s3://bucket/runs/execution  OUT=folder (default: below build/reports)"
 	@echo "  make compare takes: BUCKET=s3://bucket  OUT=folder"
 	@echo "  make diff, deploy, predict and logs take: STAGE=dev  IMAGE=picture (predict)  RUN=execution (logs; default: the newest)"
