@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,12 +115,16 @@ def test_a_loader_that_decodes_huge_pictures_fires_cpu_bottleneck(tmp_path: Path
     def decode(_: int) -> None:
         Image.open(io.BytesIO(picture)).convert("RGB").load()
 
+    def batch() -> Iterator[None]:
+        """Pictures whose decoding takes some ten steps' time: the step is computed beside it, and slower for it."""
+        return workers.map(decode, range(16 * cores))
+
     with ThreadPoolExecutor(2 * cores) as workers:
         # Two batches ahead, as a loader's workers are: they decode while the step is computed too.
-        batches = deque(workers.map(decode, range(4 * cores)) for _ in range(2))
+        batches = deque([batch(), batch()])
 
         def decoded(_: int) -> None:
-            batches.append(workers.map(decode, range(4 * cores)))
+            batches.append(batch())
             list(batches.popleft())
 
         train(tmp_path, Loader(25, decoded))
