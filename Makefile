@@ -32,6 +32,8 @@ NAMES ?=
 export DATA WEIGHTS BACKBONE INPUT OVERRIDE
 export RUN BUCKET OUT IMAGE STAGE
 export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION := python
+# Container images often set it. Every process of a run would then compile torch anew, ten seconds of processor time each.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: permissions faults audit help run diff deploy predict logs report compare test test-all verify bench bench-training bench-preparation bench-observability bench-serving check synth lock clean versions
 
