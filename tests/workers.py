@@ -46,6 +46,7 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         return next((name for name, files in GROUPS.items() if file.startswith(files)), file)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
     config.option.loadscopereorder = False  # by the number of tests; ours are in their order already
     return Scheduling(config, log)

@@ -42,10 +42,10 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
 
 
 def changed(machine: Json, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Json:
-    """A copy in which ``change(parent, key)`` was done at ``path``."""
-    made = copy.deepcopy(machine)
-    parent: Any = made
+    """A copy in which ``change(parent, key)`` was done at ``path``; what lies beside the path is shared with ``machine``."""
+    made = parent = copy.copy(machine)
     for key in path[:-1]:
+        parent[key] = copy.copy(parent[key])
         parent = parent[key]
     change(parent, path[-1])
     return made
@@ -64,11 +64,8 @@ def keys_misspelt(machine: Json) -> Iterator[Mutant]:
                 if path:
                     yield Mutant("misspelt key", ".".join(map(str, (*path, key))), changed(machine, path, rename))
                 else:
-                    yield Mutant(
-                        "misspelt key",
-                        key,
-                        {misspelt(one) if one == key else one: copy.deepcopy(item) for one, item in machine.items()},
-                    )
+                    renamed = {misspelt(one) if one == key else one: item for one, item in machine.items()}
+                    yield Mutant("misspelt key", key, renamed)
     # "Key": inside JSONata, as requests.jsonata writes objects of AWS's requests.
     yield from _inside(machine, r'"([A-Z]\w+)": ', 1, misspelt, "misspelt key")
 
