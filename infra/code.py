@@ -72,12 +72,14 @@ def model_code_archive() -> tuple[Path, str]:
     return target, code_hash
 
 
-def hyperparameters() -> list[str]:
+@functools.cache
+def hyperparameters() -> tuple[str, ...]:
     """Names of the training code's hyperparameters, read from its source: the check of the input cannot fall behind it."""
     path = MODEL_CODE / "classifier" / "config.py"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef) and node.name == "TrainingConfig":
-            return [item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+            fields = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
+            return tuple(target.id for target in fields if isinstance(target, ast.Name))
     raise ConfigError(f"{path} defines no class TrainingConfig; expected the training code's configuration there.")
 
 

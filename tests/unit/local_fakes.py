@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import botocore.session
 from botocore.model import Shape
 from moto.server import ThreadedMotoServer
 
 from local_cloud.service import Caller, ServiceError
+from local_cloud.validation import service_model
 
 ROLE = "arn:aws:iam::123456789012:role/job"
 IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cpu-amzn2023-sagemaker"
@@ -108,7 +108,7 @@ class Client:
 
     def __init__(self, service: Any, name: str = "sagemaker") -> None:
         self.service = service
-        self._model = botocore.session.get_session().get_service_model(name)
+        self._model = service_model(name)
 
     def __call__(self, operation: str, **request: Any) -> dict[str, Any]:
         model = self._model.operation_model(operation)

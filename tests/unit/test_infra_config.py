@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import pytest
 
 from infra.config import ConfigError, load, merged
 from infra.machines import GPUS
+from local_cloud.validation import service_model
 
 CONTEXT = json.loads((Path(__file__).resolve().parents[2] / "cdk.json").read_text())["context"]
 
@@ -140,7 +140,7 @@ def test_gpu_counts_are_those_of_the_sdk():
 
 
 def test_every_gpu_type_that_sagemaker_trains_on_is_in_the_table():
-    model = botocore.session.get_session().get_service_model("sagemaker")
+    model = service_model("sagemaker")
     offered = {name for name in model.shape_for("TrainingInstanceType").enum if name.startswith(("ml.g", "ml.p"))}
     assert {name for name in offered - set(GPUS) if not name.startswith("ml.g7.")} == set()
 

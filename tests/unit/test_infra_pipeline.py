@@ -10,7 +10,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import pytest
 from botocore.validate import ParamValidator
 
@@ -22,6 +21,7 @@ from infra.verify import walk as walking
 from infra.verify.configurations import config_of
 from infra.verify.walk import TaskError
 from local_cloud.interpreter import evaluate_jsonata
+from local_cloud.validation import service_model
 
 BUCKET = "data-bucket"
 PACKAGE = "arn:aws:sagemaker:us-east-1:000000000000:model-package/dogs-dev/7"
@@ -440,7 +440,7 @@ OPERATIONS = {
 
 def _problems(operation: str, request: Any, service: str = "sagemaker") -> list[str]:
     """Wrong names, types and patterns, by botocore's model of the service."""
-    model = botocore.session.get_session().get_service_model(service).operation_model(operation)
+    model = service_model(service).operation_model(operation)
     report = ParamValidator().validate(request, model.input_shape)
     return [report.generate_report()] if report.has_errors() else []
 

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import pytest
 from botocore.exceptions import ClientError
 from botocore.response import StreamingBody
@@ -28,6 +27,7 @@ from moto.stepfunctions.parser.backend.state_machine import StateMachineInstance
 from infra.config import load
 from infra.pipeline import definition
 from local_cloud import interpreter
+from local_cloud.validation import service_model
 
 
 def test_the_private_names_of_moto_are_where_we_rebind_them():
@@ -94,8 +94,7 @@ class FakeClient:
     """A boto3 client without a network: answers from a table of (operation → answer, exception or function)."""
 
     def __init__(self, service: str, answers: dict[str, Any], calls: list[tuple[str, dict[str, Any]]]) -> None:
-        model = botocore.session.get_session().get_service_model(service)
-        self.meta = type("Meta", (), {"service_model": model})
+        self.meta = type("Meta", (), {"service_model": service_model(service)})
         self._answers, self._calls = answers, calls
 
     def __getattr__(self, name: str) -> Any:
