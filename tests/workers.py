@@ -14,7 +14,8 @@ from xdist.scheduler import LoadFileScheduling
 
 GROUPS = {
     "deployment": (
-        "tests/pipeline/",
+        *(f"tests/pipeline/test_{name}.py" for name in ("execution", "page", "permissions", "real_dogs", "redeploy", "report")),
+        *(f"tests/pipeline/test_{name}.py" for name in ("serving", "updates")),
         *(f"tests/faults/test_{name}.py" for name in ("calls", "clocks", "endpoint", "jobs", "secrets")),
     ),
     "templates": (
