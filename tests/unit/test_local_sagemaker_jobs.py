@@ -65,7 +65,7 @@ def training(cloud: FakeCloud, name: str, script: str, **more: Any) -> dict[str,
 
 
 TRAIN = """
-import argparse, json, os, pathlib
+import argparse, json, os, pathlib, sys
 parser = argparse.ArgumentParser(); parser.add_argument("--lr", type=float); lr = parser.parse_args().lr
 files = sorted(p.name for p in pathlib.Path(os.environ["SM_CHANNEL_DATASET"]).rglob("*") if p.is_file())
 print("acc=0.5"); print("acc=0.75")
@@ -73,7 +73,8 @@ secret = sorted(key for key in os.environ if key.startswith("AWS_"))
 model = pathlib.Path(os.environ["SM_MODEL_DIR"]); (model / "code").mkdir()
 (model / "code" / "x.py").write_text("x")
 (model / "model.json").write_text(json.dumps({"lr": lr, "files": files, "env": secret, "own": os.environ["OWN"],
-    "job": os.environ["TRAINING_JOB_NAME"], "inherited": os.environ.get("NOT_FOR_JOBS")}))
+    "job": os.environ["TRAINING_JOB_NAME"], "inherited": os.environ.get("NOT_FOR_JOBS"),
+    "compiles_anew": sys.dont_write_bytecode}))
 pathlib.Path(os.environ["SM_OUTPUT_DATA_DIR"], "note.txt").write_text("n")
 here = pathlib.Path(os.environ["SAGEMAKER_BASE_DIR"]) / "checkpoints"
 old = (here / "last").read_text() if (here / "last").exists() else "none"
@@ -132,6 +133,7 @@ def test_a_training_job_reads_and_writes_s3_and_reports_metrics(
     assert seen["lr"] == 0.1
     assert seen["job"] == "good"
     assert seen["inherited"] is None
+    assert not seen["compiles_anew"], "the next job would compile torch again"
     assert seen["own"].endswith("/opt/ml/model:/opt/mlx")
     assert seen["own"].startswith(str(cloud.root))
     assert {"AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"} <= set(seen["env"])
