@@ -29,7 +29,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if body == b"die": os._exit(1)
-        if body == b"slow": print("slow one", flush=True); time.sleep(1.5)
+        if body.startswith(b"until "):
+            print("slow one", flush=True)
+            while not os.path.exists(body[6:]): time.sleep(0.01)
         code = 415 if body == b"bad" else 200
         told = {"name": name, "pid": os.getpid(), "type": self.headers["Content-Type"], "accept": self.headers["Accept"],
             "custom": self.headers["X-Amzn-SageMaker-Custom-Attributes"], "extra": os.environ.get("EXTRA")}
@@ -105,13 +107,15 @@ def test_an_endpoint_from_creation_to_deletion(cloud: FakeCloud, sagemaker: Sage
     assert json.loads(problem["OriginalMessage"])["name"] == "one"
     assert sagemaker.invoke_endpoint("E", b"x" * (SERVERLESS_BODY + 1), {})[0] == 413
 
-    slow = threading.Thread(target=sagemaker.invoke_endpoint, args=("E", b"slow", {}))
+    free = cloud.root / "free"
+    slow = threading.Thread(target=sagemaker.invoke_endpoint, args=("E", b"until " + os.fsencode(free), {}))
     slow.start()
     log = cloud.root / "logs" / "endpoints" / "E.log"
     while "slow one" not in log.read_text():
         assert slow.is_alive()
         time.sleep(0.02)
     assert sagemaker.invoke_endpoint("E", b"hello", {})[1]["x-amzn-errortype"] == "ThrottlingException"
+    free.touch()
     slow.join()
 
     call("UpdateEndpoint", EndpointName="E", EndpointConfigName="broken")
@@ -167,8 +171,10 @@ def test_a_dead_server_is_started_once_more(cloud: FakeCloud, sagemaker: SageMak
     assert settled(call, "mortal")["EndpointStatus"] == "InService"
     first = json.loads(sagemaker.invoke_endpoint("mortal", b"hello", {})[2])["pid"]
     os.kill(first, signal.SIGKILL)
-    time.sleep(0.3)
-    second = json.loads(sagemaker.invoke_endpoint("mortal", b"hello", {})[2])["pid"]
+    deadline = time.monotonic() + 40
+    while (asked := sagemaker.invoke_endpoint("mortal", b"hello", {}))[0] != 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = json.loads(asked[2])["pid"]
     assert second != first
     status, answered, _ = sagemaker.invoke_endpoint("mortal", b"die", {})
     assert (status, answered["x-amzn-errortype"]) == (424, "ModelError")
