@@ -178,7 +178,8 @@ class Host:
         context.load_cert_chain(certificate)
         self._listener = context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True)
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
         while True:
@@ -196,6 +197,8 @@ class Host:
             self.behave(client)
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # or the thread waits on, and may accept on the next host's socket
+        self._thread.join()
         self._listener.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -82,18 +82,27 @@ class NvmlError(Exception):
 
 
 GpuUse = Callable[[float], tuple[float, float]]
-"""Percent of use and of memory at a time in s since NVML was started."""
+"""Percent of use and of memory at a time in s."""
+LOOK_S = 0.01
 
 
-def fake_nvml(monkeypatch: pytest.MonkeyPatch, *gpus: GpuUse | None) -> None:
-    """A ``pynvml`` with NVML's functions and units (percent as whole numbers, bytes); None is a GPU that tells nothing."""
-    module, total, started = ModuleType("pynvml"), 16 * 2**30, time.monotonic()
+def fake_nvml(monkeypatch: pytest.MonkeyPatch, *gpus: GpuUse | None) -> Counter[int]:
+    """A ``pynvml`` with NVML's functions and units (percent as whole numbers, bytes); None is a GPU that tells nothing.
+
+    Returns how often each GPU's use was asked for. Its time goes on by ``LOOK_S`` at every look, so that a machine that stalls
+    sees the same course of events as a quick one.
+    """
+    module, total, looks = ModuleType("pynvml"), 16 * 2**30, Counter[int]()
 
     def told(handle: int) -> tuple[float, float]:
         use = gpus[handle]
         if use is None:
             raise NvmlError("Not Supported")
-        return use(time.monotonic() - started)
+        return use(looks[handle] * LOOK_S)
+
+    def rates(handle: int) -> SimpleNamespace:
+        looks[handle] += 1
+        return SimpleNamespace(gpu=int(told(handle)[0]), memory=0)
 
     functions = {
         "NVMLError": NvmlError,
@@ -101,8 +110,9 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch, *gpus: GpuUse | None) -> None:
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: len(gpus),
         "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=int(told(handle)[0]), memory=0),
+        "nvmlDeviceGetUtilizationRates": rates,
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=int(total * told(handle)[1] / 100), total=total),
     }
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, "pynvml", module)
+    return looks

@@ -44,19 +44,23 @@ BUSY = ("Creating", "Updating", "RollingBack", "Deleting")
 ALARM = "dogs-rollback-errors"
 HALF = {"Type": "CAPACITY_PERCENT", "Value": 50}
 WATCHED = {"AutoRollbackConfiguration": {"Alarms": [{"AlarmName": ALARM}]}}
-WAIT_S = 60
-POLICIES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "all at once": {
-        "BlueGreenUpdatePolicy": {"TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": WAIT_S}}
-    },
-    "canary": {
-        "BlueGreenUpdatePolicy": {
-            "TrafficRoutingConfiguration": {"Type": "CANARY", "WaitIntervalInSeconds": WAIT_S, "CanarySize": HALF}
-        }
-    },
-    "rolling": {"RollingUpdatePolicy": {"MaximumBatchSize": HALF, "WaitIntervalInSeconds": WAIT_S}},
-}
+
+
+def policies(wait_s: int) -> dict[str, dict[str, Any]]:
+    """Ways to move to a new fleet; ``wait_s`` is divided by the cloud's ``deployment_speed``."""
+    once = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": wait_s}
+    canary = {"Type": "CANARY", "WaitIntervalInSeconds": wait_s, "CanarySize": HALF}
+    return {
+        "none": {},
+        "all at once": {"BlueGreenUpdatePolicy": {"TrafficRoutingConfiguration": once}},
+        "canary": {"BlueGreenUpdatePolicy": {"TrafficRoutingConfiguration": canary}},
+        "rolling": {"RollingUpdatePolicy": {"MaximumBatchSize": HALF, "WaitIntervalInSeconds": wait_s}},
+    }
+
+
+POLICIES = policies(60)
+WATCHFUL = policies(600)
+"""For updates that are to be taken back: nobody waits so long, and a slow machine does not end them before."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCloud]:
 
 @pytest.fixture(scope="module")
 def sagemaker(cloud: FakeCloud) -> Iterator[SageMaker]:
-    settings = Settings(grace=2, health_deadline=3, invocation_timeout=10, deployment_speed=40, alarm_interval=0.1)
+    settings = Settings(grace=2, health_deadline=8, invocation_timeout=10, deployment_speed=40, alarm_interval=0.1)
     service = SageMaker(cloud, Images(cloud), settings)
     yield service
     service.stop()
@@ -146,14 +150,20 @@ def load(sagemaker: SageMaker, name: str, tries: int = 1, clients: int = 4) -> I
     assert seen.total() == sent["requests"]  # every request is accounted for
 
 
+def until_answered(seen: Counter[tuple[int, str]], answer: str) -> None:
+    deadline = time.monotonic() + 20
+    while (200, answer) not in seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_request_fails_while_a_new_model_takes_over(sagemaker: SageMaker, call: Client, endpoint: str, policy: str):
     with load(sagemaker, endpoint) as seen:
-        time.sleep(0.2)
+        until_answered(seen, "old")
         given = {"DeploymentConfig": {**POLICIES[policy], **WATCHED}} if POLICIES[policy] else {}
         call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName="new", RetainAllVariantProperties=True, **given)
         described = settled(call, endpoint)
-        time.sleep(0.2)
+        until_answered(seen, "new")
     assert described["EndpointConfigName"] == "new", described.get("FailureReason")
     assert described["ProductionVariants"][0]["DesiredInstanceCount"] == 2
     assert {status for status, _ in seen} == {200}
@@ -164,7 +174,7 @@ def test_no_request_fails_while_a_new_model_takes_over(sagemaker: SageMaker, cal
 @pytest.mark.parametrize("bad", ["does-not-start", "fails-its-self-test"])
 def test_a_model_that_cannot_prove_itself_never_gets_a_request(sagemaker: SageMaker, call: Client, endpoint: str, bad: str):
     with load(sagemaker, endpoint) as seen:
-        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName=bad, DeploymentConfig={**POLICIES["canary"], **WATCHED})
+        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName=bad, DeploymentConfig={**WATCHFUL["canary"], **WATCHED})
         described = settled(call, endpoint)
     assert (described["EndpointStatus"], described["EndpointConfigName"]) == ("InService", "old")
     assert "did not pass the ping health check" in described["FailureReason"]
@@ -174,10 +184,8 @@ def test_a_model_that_cannot_prove_itself_never_gets_a_request(sagemaker: SageMa
 @pytest.mark.parametrize("policy", ["all at once", "canary", "rolling"])
 def test_an_alarm_brings_the_old_model_back(cloud: FakeCloud, sagemaker: SageMaker, call: Client, endpoint: str, policy: str):
     with load(sagemaker, endpoint) as seen:
-        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName="new", DeploymentConfig={**POLICIES[policy], **WATCHED})
-        deadline = time.monotonic() + 20
-        while not any(answer == "new" for _, answer in list(seen)) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName="new", DeploymentConfig={**WATCHFUL[policy], **WATCHED})
+        until_answered(seen, "new")
         ring(cloud, "ALARM")
         described = settled(call, endpoint)
         before = seen[200, "new"]
@@ -191,7 +199,7 @@ def test_an_alarm_brings_the_old_model_back(cloud: FakeCloud, sagemaker: SageMak
 
 def test_a_model_that_dies_while_it_takes_over_is_taken_back(sagemaker: SageMaker, call: Client, endpoint: str):
     with load(sagemaker, endpoint, tries=30) as seen:
-        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName="dies", DeploymentConfig=POLICIES["canary"])
+        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName="dies", DeploymentConfig=WATCHFUL["canary"])
         described = settled(call, endpoint)
     assert (described["EndpointStatus"], described["EndpointConfigName"]) == ("InService", "old")
     assert "a container of the new fleet ended" in described["FailureReason"]
@@ -202,7 +210,7 @@ def test_an_update_names_the_old_configuration_until_it_is_done_and_the_pending_
     for given, then in (("new", "new"), ("does-not-start", "new")):
         before = call("DescribeEndpoint", EndpointName=endpoint)
         assert "PendingDeploymentSummary" not in before
-        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName=given)
+        call("UpdateEndpoint", EndpointName=endpoint, EndpointConfigName=given, DeploymentConfig=POLICIES["canary"])
         moving = call("DescribeEndpoint", EndpointName=endpoint)
         assert (moving["EndpointStatus"], moving["EndpointConfigName"]) == ("Updating", before["EndpointConfigName"])
         assert moving["PendingDeploymentSummary"]["EndpointConfigName"] == given

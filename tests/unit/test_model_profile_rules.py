@@ -19,7 +19,7 @@ from classifier import profile_rules, profiling
 from classifier.findings import Finding
 from classifier.profile_rules import FolderTrial, profile_findings
 from PIL import Image
-from profile_fakes import GpuUse, Loader, Network, fake_nvml, train
+from profile_fakes import LOOK_S, GpuUse, Loader, Network, fake_nvml, train
 from training_child import CONTEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -246,12 +246,12 @@ def test_a_slow_worker_of_two_fires_load_balancing_and_an_equal_one_does_not(tmp
 # Rules about GPUs: a real timeline and the sampler's own files, the driver's answers simulated.
 
 
-def stepping(root: Path, monkeypatch: pytest.MonkeyPatch, *gpus: GpuUse, seconds: float = 1.3) -> None:
-    fake_nvml(monkeypatch, *gpus)
-    timeline, until = profiling.StepTimeline(root), time.monotonic() + seconds
-    with profiling.SystemSampler(root, interval=0.01):
+def stepping(root: Path, monkeypatch: pytest.MonkeyPatch, *gpus: GpuUse, looks: int = 130) -> None:
+    """Steps of a training until the GPUs were looked at so often."""
+    seen, timeline = fake_nvml(monkeypatch, *gpus), profiling.StepTimeline(root)
+    with profiling.SystemSampler(root, interval=LOOK_S):
         timeline.mode("train")
-        while time.monotonic() < until:
+        while seen[0] < looks:
             for phase in profiling.PHASES:
                 time.sleep(0.002)
                 timeline.mark(phase)

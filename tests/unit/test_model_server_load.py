@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import inference
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from inference import Parameters, RequestError
 from model_fakes import MODEL_CODE
 from PIL import Image
-from serving_fakes import COLOURS, colour, write_model
+from serving_fakes import COLOURS, colour, serving, write_model
 
 PICTURE = {"Content-Type": "application/x-image"}
 
@@ -103,7 +104,6 @@ def test_too_much_is_refused_and_everything_is_accounted_for(model: Path, free_p
     picture = large.getvalue()
     seen: Counter[int] = Counter()
     sent = Counter[str]()
-    slowest_ping = 0.0
     lock, stopped = threading.Lock(), threading.Event()
 
     def post(address: str) -> None:
@@ -123,17 +123,43 @@ def test_too_much_is_refused_and_everything_is_accounted_for(model: Path, free_p
             thread.start()
         end = time.monotonic() + 4
         while time.monotonic() < end:
-            started = time.monotonic()
-            assert httpx.get(f"{address}/ping", timeout=10).status_code == 200
-            slowest_ping = max(slowest_ping, time.monotonic() - started)
+            assert httpx.get(f"{address}/ping", timeout=30).status_code == 200
             time.sleep(0.1)
         stopped.set()
         for thread in threads:
             thread.join()
         assert seen.total() == sent["requests"]
         assert set(seen) == {200, 429}
-        assert slowest_ping < 5  # it waits for no picture; how fast it is, the benchmark says
         assert httpx.post(f"{address}/invocations", content=colour("red"), headers=PICTURE).status_code == 200
+
+
+def test_a_ping_waits_for_no_picture(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """How fast it is, the benchmark says."""
+    busy, free, predict = threading.Semaphore(0), threading.Event(), server.predict_fn
+
+    def held(*given: Any) -> dict[str, Any]:
+        busy.release()
+        free.wait(60)
+        return predict(*given)
+
+    answers: list[int] = []
+
+    def post(address: str) -> None:
+        answers.append(httpx.post(f"{address}/invocations", content=colour("red"), headers=PICTURE, timeout=60).status_code)
+
+    with serving(model) as address:
+        monkeypatch.setattr(server, "predict_fn", held)
+        threads = [threading.Thread(target=post, args=(address,)) for _ in range(server.WORKERS + 3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(server.WORKERS):
+            assert busy.acquire(timeout=30)
+        assert httpx.get(f"{address}/ping", timeout=30).status_code == 200
+        assert answers == []
+        free.set()
+        for thread in threads:
+            thread.join()
+    assert answers == [200] * len(threads)
 
 
 def test_what_is_under_way_is_answered_before_the_end(model: Path, free_port: int):
@@ -147,9 +173,11 @@ def test_what_is_under_way_is_answered_before_the_end(model: Path, free_port: in
         def post() -> None:
             answers.append(httpx.post(f"{address}/invocations", content=body, headers=PICTURE, timeout=30).status_code)
 
-        thread = threading.Thread(target=post)
+        thread, measured = threading.Thread(target=post), psutil.Process(process.pid)
+        idle_s = measured.cpu_times().user
         thread.start()
-        time.sleep(0.3)
+        while measured.cpu_times().user < idle_s + 0.1:  # until it decodes
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         thread.join()
         assert answers == [200]
