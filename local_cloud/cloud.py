@@ -75,6 +75,7 @@ class LocalCloud:
         emulator.correct_build_logs()
         emulator.correct_log_group_arns()
         emulator.correct_function_deletion()
+        emulator.bound_function_processes()
         emulator.watch_repository_deletion(images.remove)
         emulator.count_embedded_metrics()
         emulator.correct_alarms()

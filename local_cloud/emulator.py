@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import string
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -30,6 +31,7 @@ ROOT_ACCESS_KEY_ID = "test"
 ROOT_SECRET_ACCESS_KEY = "test"  # noqa: S105 - ministack's published default
 ACCOUNT = "000000000000"
 REGION = "us-east-1"
+FUNCTION_PROCESSES = max(4, 2 * (os.cpu_count() or 1))
 
 
 def configure(root: Path, port: int) -> None:
@@ -289,6 +291,31 @@ def correct_function_deletion() -> None:
         lambda_svc.invalidate_worker(physical_id, account=ACCOUNT, region=REGION)
 
     handlers["delete"] = ended
+
+
+def bound_function_processes() -> None:
+    """At most ``FUNCTION_PROCESSES`` for a function: a further invocation waits for one of them.
+
+    ministack starts one for every invocation under way, as AWS starts an execution environment, but counts the start towards the
+    function's timeout. Fifty at once take so long on a few cores that functions end by it. A function that calls itself as deep
+    as that would wait for ever.
+    """
+    from ministack.services import lambda_svc
+
+    acquire, release, freed = lambda_svc.acquire_worker, lambda_svc.release_worker, threading.Condition()
+
+    def acquired(*function: Any, **named: Any) -> Any:
+        with freed:
+            while (worker := acquire(*function, **{**named, "max_concurrency": FUNCTION_PROCESSES}))[0] is None:
+                freed.wait(0.5)  # a process that was ended instead of released makes room too
+            return worker
+
+    def released(worker: Any) -> None:
+        release(worker)
+        with freed:
+            freed.notify_all()
+
+    lambda_svc.acquire_worker, lambda_svc.release_worker = acquired, released
 
 
 def watch_repository_deletion(gone: Callable[[str], None]) -> None:

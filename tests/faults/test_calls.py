@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import Rules
+from deployment import Rules, typical
 from fault_table import Landed
 
 pytestmark = [pytest.mark.fault(4), pytest.mark.pipeline]
@@ -45,7 +45,7 @@ def fault_of(call: str, role: str, name: str) -> dict[str, Any]:
 @contextmanager
 def load(deployed: Any, digits: Path) -> Iterator[Counter[Any]]:
     """One client that posts a picture again and again; counts statuses, or -1 for a wrong label."""
-    picture = next((digits / "test" / "6").glob("*.png")).read_bytes()
+    picture = typical(digits, "6").read_bytes()
     seen: Counter[Any] = Counter()
     stopped = threading.Event()
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from deployment import typical
 
 pytestmark = pytest.mark.pipeline
 
@@ -152,7 +153,7 @@ def picture() -> bytes:
 
 def test_a_posted_picture_is_answered_with_its_class(finished, deployed, digits):
     right = 0
-    pictures = [next((digits / "test" / str(label)).glob("*.png")) for label in range(10)]
+    pictures = [typical(digits, str(label)) for label in range(10)]
     for path in pictures:
         status, answer = deployed.post(path.read_bytes(), **deployed.authorized)
         assert status == 200, answer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deployment import typical
 
 pytestmark = pytest.mark.pipeline
 
@@ -45,7 +46,7 @@ def drop(page: Any, path: Path) -> None:
 def test_a_dropped_picture_shows_its_class(finished, deployed, digits, browser, name, options):
     page, faults = open_page(browser, deployed, **options)
     page.fill("#token", deployed.token)
-    path = next((digits / "test" / "3").glob("*.png"))
+    path = typical(digits, "3")
     drop(page, path)
     page.wait_for_selector("#bars li")
     rows = page.locator("#bars li").all_inner_texts()
@@ -61,7 +62,7 @@ def test_a_dropped_picture_shows_its_class(finished, deployed, digits, browser, 
 def test_a_wrong_token_and_a_file_that_is_no_picture_say_what_to_do(finished, deployed, digits, browser, tmp_path):
     page, _ = open_page(browser, deployed)
     page.fill("#token", "wrong")
-    drop(page, next((digits / "test" / "3").glob("*.png")))
+    drop(page, typical(digits, "3"))
     page.wait_for_selector("#message:not([hidden])")
     assert "token" in page.inner_text("#message").lower()
     page.fill("#token", deployed.token)

@@ -6,12 +6,13 @@ import json
 import time
 
 import pytest
+from deployment import typical
 
 pytestmark = pytest.mark.pipeline
 
 
 def serves(deployed, digits) -> bool:
-    path = next((digits / "test" / "6").glob("*.png"))
+    path = typical(digits, "6")
     status, answer = deployed.post(path.read_bytes(), **deployed.authorized)
     return status == 200 and answer["predictions"][0]["label"] == "6"
 

@@ -11,13 +11,13 @@ import urllib.parse
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from deployment import inside
+from deployment import inside, typical
 
 pytestmark = pytest.mark.pipeline
 
 
 def test_several_pictures_at_once_as_json_and_as_a_form(finished, deployed, digits):
-    pictures = {label: next((digits / "test" / label).glob("*.png")).read_bytes() for label in ("2", "6")}
+    pictures = {label: typical(digits, label).read_bytes() for label in ("2", "6")}
     body = json.dumps({"images": [base64.b64encode(one).decode() for one in [*pictures.values(), b"broken"]]}).encode()
     status, answer = deployed.request("predict/batch?top_k=1", body, {"Content-Type": "application/json", **deployed.authorized})
     assert status == 200, answer
@@ -39,7 +39,7 @@ def test_nothing_of_the_local_cloud_can_be_reached_from_another_machine(finished
 
 
 def test_a_heat_map_comes_through_the_gateway_byte_for_byte(finished, deployed, digits):
-    picture = next((digits / "test" / "6").glob("*.png")).read_bytes()
+    picture = typical(digits, "6").read_bytes()
     headers = {"Content-Type": "image/png", "Accept": "image/png", **deployed.authorized}
     content, answered = deployed.fetch("explain", picture, headers)
     assert content.startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import Account, Deployment, copy_few, destroy
+from deployment import Account, Deployment, copy_few, destroy, typical
 from rich.console import Console
 
 from local_cloud import run, source
@@ -91,7 +91,7 @@ def test_two_whole_executions_in_the_same_second_end_well(twins: Deployment, dig
     assert endpoint["EndpointStatus"] == "InService"
     champion = json.loads(cloud.client("s3").get_object(Bucket=outputs["DataBucket"], Key="champion.json")["Body"].read())
     assert champion["endpoint_config"] == endpoint["EndpointConfigName"], "what serves is what the notes say"
-    status, answer = twins.post(next((digits / "test" / "6").glob("*.png")).read_bytes(), **twins.authorized)
+    status, answer = twins.post(typical(digits, "6").read_bytes(), **twins.authorized)
     assert status == 200, answer
     held = Account(cloud).holds("twins-local")
     assert len(held["endpoint config"]) == len(results), "each that deployed has one, and who was overtaken took its own back"

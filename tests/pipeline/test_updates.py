@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from deployment import OVERRIDE
+from deployment import OVERRIDE, typical
 from onnx import helper, numpy_helper
 from rich.console import Console
 
@@ -71,7 +71,7 @@ def champion(deployed: Any) -> dict[str, Any]:
 @contextmanager
 def load(deployed: Any, digits: Path, clients: int = 3) -> Iterator[Counter[int]]:
     """Pictures posted through the API without a pause; counts the statuses of all that were sent."""
-    picture = next((digits / "test" / "6").glob("*.png")).read_bytes()
+    picture = typical(digits, "6").read_bytes()
     seen: Counter[int] = Counter()
     sent = Counter[str]()
     lock, stopped = threading.Lock(), threading.Event()
@@ -225,7 +225,7 @@ def test_fifty_posts_wake_a_sleeping_endpoint_with_one_deployment(realtime, digi
     answer = json.loads(realtime.cloud.client("lambda").invoke(FunctionName=idle)["Payload"].read())
     assert answer["asleep"] is False  # it was changed a minute ago
     asleep(realtime)
-    picture = next((digits / "test" / "6").glob("*.png")).read_bytes()
+    picture = typical(digits, "6").read_bytes()
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda _: realtime.post(picture, **realtime.authorized), range(50)))
     assert {status for status, _ in answers} == {503}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 
 import boto3
@@ -37,7 +40,7 @@ def test_the_names_of_ministack_are_where_we_use_them():
     assert callable(provisioners._cw_metric_alarm_record)
     assert callable(codebuild._project_shape)
     assert hasattr(codebuild, "_projects")
-    assert callable(lambda_svc.invalidate_worker)
+    assert all(callable(getattr(lambda_svc, name)) for name in ("invalidate_worker", "acquire_worker", "release_worker"))
     assert callable(ecr._delete_repository)
     assert "delete" in provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"]
     assert is_dataclass(iam_evaluator.EvalContext)
@@ -63,21 +66,36 @@ def test_a_stack_may_hold_an_alarm_over_several_metrics(cloud):
     formation.delete_stack(StackName=name)
 
 
-def test_a_deleted_stacks_function_leaves_no_process_and_no_folder(cloud):
+@contextmanager
+def function(cloud, code: str) -> Iterator[str]:
+    """The name of a function that a stack of its own holds, with a role of its own; the stack is deleted at the end."""
     iam, formation, name = cloud.client("iam"), cloud.client("cloudformation"), f"test-{uuid.uuid4().hex[:8]}"
     assumed = {"Version": "2012-10-17", "Statement": [trust("lambda.amazonaws.com")["Statement"][0]]}
     role = iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps(assumed))["Role"]["Arn"]
-    code = {"ZipFile": "def handle(event, context):\n    return 1\n"}
-    function = {"FunctionName": name, "Runtime": "python3.13", "Handler": "index.handle", "Role": role, "Code": code}
-    template = {"Resources": {"Function": {"Type": "AWS::Lambda::Function", "Properties": function}}}
+    given = {"FunctionName": name, "Runtime": "python3.13", "Handler": "index.handle", "Role": role, "Code": {"ZipFile": code}}
+    template = {"Resources": {"Function": {"Type": "AWS::Lambda::Function", "Properties": given}}}
     formation.create_stack(StackName=name, TemplateBody=json.dumps(template))
     formation.get_waiter("stack_create_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
-    assert cloud.client("lambda").invoke(FunctionName=name)["Payload"].read() == b"1"
-    assert list((cloud.root / "tmp").glob(f"*{name}*"))
+    yield name
     formation.delete_stack(StackName=name)
     formation.get_waiter("stack_delete_complete").wait(StackName=name, WaiterConfig={"Delay": 1, "MaxAttempts": 20})
+
+
+def test_a_deleted_stacks_function_leaves_no_process_and_no_folder(cloud):
+    with function(cloud, "def handle(event, context):\n    return 1\n") as name:
+        assert cloud.client("lambda").invoke(FunctionName=name)["Payload"].read() == b"1"
+        assert list((cloud.root / "tmp").glob(f"*{name}*"))
     assert not list((cloud.root / "tmp").glob(f"*{name}*"))
     assert not [one.pid for one in psutil.process_iter(["cmdline"]) if name in " ".join(one.info["cmdline"] or [])]
+
+
+def test_many_invocations_at_once_share_a_few_processes_and_all_are_answered(cloud):
+    many, functions = 3 * emulator.FUNCTION_PROCESSES, cloud.client("lambda")
+    code = "import os, time\n\ndef handle(event, context):\n    time.sleep(0.5)\n    return os.getpid()\n"
+    with function(cloud, code) as name, ThreadPoolExecutor(many) as callers:
+        answers = list(callers.map(lambda _: functions.invoke(FunctionName=name), range(many)))
+        assert not [answer["FunctionError"] for answer in answers if "FunctionError" in answer]
+        assert 1 < len({answer["Payload"].read() for answer in answers}) <= emulator.FUNCTION_PROCESSES
 
 
 def test_a_deleted_repositorys_images_leave_no_files(cloud):
