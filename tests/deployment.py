@@ -34,6 +34,10 @@ OVERRIDE = {
 }
 
 
+ONE_TRIAL = {"tuning": {"max_jobs": 1, "max_parallel_jobs": 1, "batch_size": [64]}}
+"""An execution's input where what it finds does not matter: with small batches every learning rate does well."""
+
+
 @dataclass
 class Deployment:
     """A deployed stack and what a test needs to use it as a person would."""
