@@ -32,6 +32,7 @@ ROOT_SECRET_ACCESS_KEY = "test"  # noqa: S105 - ministack's published default
 ACCOUNT = "000000000000"
 REGION = "us-east-1"
 FUNCTION_PROCESSES = max(4, 2 * (os.cpu_count() or 1))
+"""Execution environments of a function on this machine."""
 
 
 def configure(root: Path, port: int) -> None:

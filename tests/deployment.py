@@ -34,8 +34,8 @@ OVERRIDE = {
 }
 
 
-ONE_TRIAL = {"tuning": {"max_jobs": 1, "max_parallel_jobs": 1, "batch_size": [64]}}
-"""An execution's input where what it finds does not matter: with small batches every learning rate does well."""
+TWO_TRIALS = {"tuning": {"max_jobs": 2, "max_parallel_jobs": 2, "batch_size": [64]}}
+"""An execution's input where what it finds does not matter: trials run side by side, and with small batches every one does well."""
 
 
 @dataclass
@@ -175,7 +175,7 @@ def copy_few(pictures: Path, target: Path, per_class: int) -> None:
 
 
 def typical(digits: Path, label: str) -> Path:
-    """The test picture nearest to the mean of its class: one in thirty is misread by a network trained as briefly as here."""
+    """The test picture nearest to the mean of its class: of others, a network trained as briefly as here misreads one in thirty."""
     paths = sorted((digits / "test" / label).glob("*.png"))
     pictures = np.stack([np.asarray(Image.open(path), dtype=np.float32) for path in paths])
     return paths[int(np.square(pictures - pictures.mean(axis=0)).sum(axis=(1, 2)).argmin())]

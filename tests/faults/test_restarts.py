@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployment import ONE_TRIAL, OVERRIDE
+from deployment import OVERRIDE, TWO_TRIALS
 from fault_table import Landed
 
 from local_cloud.run import PROJECT
@@ -42,7 +42,7 @@ class Run:
         self.out = folder.with_suffix(".out")
         environment = {**os.environ, "TMPDIR": str(folder)}
         environment.pop("AWS_ENDPOINT_URL", None)
-        override = {**OVERRIDE, "input": {**OVERRIDE["input"], **ONE_TRIAL}}
+        override = {**OVERRIDE, "input": {**OVERRIDE["input"], **TWO_TRIALS}}
         command = [sys.executable, "-m", "local_cloud.run", "--exit", "--port", str(port), "--override", json.dumps(override)]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=out)
@@ -123,6 +123,7 @@ def test_a_kill_at_a_state_leaves_nothing_and_another_run_ends_as_ever(tmp_path:
     again = Run(tmp_path / "again", own_port)
     result = ended_well(again)
     assert again.left() == []
+    # The search draws other learning rates each time, so two runs need not choose the same hyperparameters.
     assert result["prediction"] == result["expected"]
     assert float(str(result["test_top1"])) >= OVERRIDE["input"]["quality_gate"]["min_top1"]  # type: ignore[index]
     assert set(result["seconds"]) == set(expected["seconds"]), "other states ran"  # type: ignore[call-overload]

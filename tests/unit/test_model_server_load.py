@@ -104,6 +104,7 @@ def test_too_much_is_refused_and_everything_is_accounted_for(model: Path, free_p
     picture = large.getvalue()
     seen: Counter[int] = Counter()
     sent = Counter[str]()
+    slowest_ping = 0.0
     lock, stopped = threading.Lock(), threading.Event()
 
     def post(address: str) -> None:
@@ -123,18 +124,21 @@ def test_too_much_is_refused_and_everything_is_accounted_for(model: Path, free_p
             thread.start()
         end = time.monotonic() + 4
         while time.monotonic() < end:
-            assert httpx.get(f"{address}/ping", timeout=30).status_code == 200
+            started = time.monotonic()
+            assert httpx.get(f"{address}/ping", timeout=10).status_code == 200
+            slowest_ping = max(slowest_ping, time.monotonic() - started)
             time.sleep(0.1)
         stopped.set()
         for thread in threads:
             thread.join()
         assert seen.total() == sent["requests"]
         assert set(seen) == {200, 429}
+        assert slowest_ping < 5  # how fast it is, the benchmark says
         assert httpx.post(f"{address}/invocations", content=colour("red"), headers=PICTURE).status_code == 200
 
 
 def test_a_ping_waits_for_no_picture(model: Path, monkeypatch: pytest.MonkeyPatch):
-    """How fast it is, the benchmark says."""
+    """It is answered while every worker is held by one."""
     busy, free, predict = threading.Semaphore(0), threading.Event(), server.predict_fn
 
     def held(*given: Any) -> dict[str, Any]:
