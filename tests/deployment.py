@@ -23,14 +23,13 @@ from local_cloud import run
 from local_cloud.digits import write_digits
 from local_cloud.source import Source
 
-# A lighter network, fewer and shorter trials than `make run`: the chain is under test here, not the accuracy. Of models trained
-# so briefly one may lie 0.07 below another, which the local stage's gate would refuse to deploy.
+# A lighter network, fewer and shorter trials than `make run`: the chain is under test here, not the accuracy.
 OVERRIDE = {
     "input": {
         "backbone": "shufflenet_v2_x1_0",
         "hyperparameters": {"epochs": 5, "horizontal_flip": False},
         "tuning": {"max_jobs": 3, "max_parallel_jobs": 2},
-        "quality_gate": {"min_top1": 0.7, "max_drop": 0.3},
+        "quality_gate": {"min_top1": 0.7},
     }
 }
 

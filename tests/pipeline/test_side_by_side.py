@@ -25,7 +25,7 @@ OVERRIDE = {
     "input": {
         "hyperparameters": {"epochs": 3, "horizontal_flip": False},
         "tuning": {"max_jobs": 2, "batch_size": [64]},
-        "quality_gate": {"min_top1": 0.1, "max_drop": 0.9},
+        "quality_gate": {"min_top1": 0.1},
     },
 }
 NAMES = ("first", "second")
