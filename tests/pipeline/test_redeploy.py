@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from deployment import typical
+from deployment import LONGER, typical
 
 pytestmark = pytest.mark.pipeline
 
@@ -72,7 +72,7 @@ def test_nothing_is_left_of_what_was_replaced_but_the_config_that_serves(finishe
 
 @pytest.mark.slow
 def test_a_second_run_reuses_the_data_set_and_the_image_and_meets_the_champion(finished, deployed, digits):
-    follower, ended = deployed.execute({})
+    follower, ended = deployed.execute(LONGER)
     assert ended["status"] == "SUCCEEDED", ended.get("cause")
     output = json.loads(ended["output"])
     assert output["dataset_hash"] == finished.output["dataset_hash"]
