@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import http.client
 import json
 import math
@@ -15,6 +16,7 @@ import tarfile
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +38,7 @@ REAL_TIME_BODY = 6_291_456
 """Bytes of a real-time invocation, at most."""
 SERVERLESS_BODY = 4_194_304
 """Bytes of a serverless invocation, at most."""
+_BLOCK = 1 << 20
 _DRAIN = 60.0
 _FORWARDED = ("content-type", "accept", "x-amzn-sagemaker-custom-attributes", "x-amzn-sagemaker-inference-id")
 _BUSY = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
@@ -123,7 +126,7 @@ class Server:
             self._unpack(self._session)
         except ServiceError as error:
             raise StartError(error.message) from error
-        except (TransferError, tarfile.TarError, OSError) as error:
+        except (TransferError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
             url = self._container.get("ModelDataUrl")
             msg = f'Failed to download model data for container "container_1" from URL: "{url}". {error}'
             raise StartError(msg) from error
@@ -141,8 +144,11 @@ class Server:
         if "ModelDataUrl" in self._container:
             archive = self._folder / "model.tar.gz"
             download_object(self._cloud, session, self._container["ModelDataUrl"], archive)
-            with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(model, filter="data")  # the data filter refuses links and paths that lead outside
+            with gzip.open(archive) as packed:
+                with tarfile.open(fileobj=packed, mode="r:") as tar:
+                    tar.extractall(model, filter="data")  # the data filter refuses links and paths that lead outside
+                while packed.read(_BLOCK):  # gzip's checksum stands at its end, and a tar ends before it
+                    pass
             archive.unlink()
         _protect(model, writable=False)
 

@@ -8,11 +8,13 @@ pass of its own.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +64,13 @@ class EvaluateFlags:
 def unpack_model(archive: Path, folder: Path) -> Path:
     """Unpack a model.tar.gz: plain files only, bounded. Raises DataError."""
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        with gzip.open(archive) as packed, tarfile.open(fileobj=packed, mode="r:") as tar:
             if sum(member.size for member in tar.getmembers()) > ARTIFACT_BYTES:
                 raise DataError(f"{archive} unpacks to more than {ARTIFACT_BYTES:,} bytes: this is not a model artifact")
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as problem:
+            while packed.read(1 << 20):  # gzip's checksum stands at its end, and a tar ends before it
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise DataError(f"{archive} is not a readable model artifact ({problem}): train again") from None
     return folder
 

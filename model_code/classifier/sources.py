@@ -5,6 +5,7 @@ A source is listed first, in a fixed order, and read afterwards; of neither anyt
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self, cast
 
 from classifier import downloads, storage
 from classifier.errors import DataError
@@ -280,6 +281,14 @@ class ZipSource:
 class _Member(tarfile.TarInfo):
     """A member whose own headers are bounded: ``tarfile`` reads long names and pax records into memory, however long."""
 
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """``tarfile`` takes a damaged header for the end of the archive: the files behind it would be missing without a word."""
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as problem:  # type: ignore[attr-defined] # not in the stubs
+            raise tarfile.ReadError(f"{problem} at byte {archive.offset:,}") from None
+
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
         kinds = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if self.type in kinds and self.size > MAX_HEADER_BYTES:
@@ -293,15 +302,16 @@ class TarSource:
     def __init__(self, path: Path, tag: str | None) -> None:
         self._path, self._tag = path, tag
 
-    def _mode(self) -> Literal["r|gz", "r|"]:
+    def _open(self) -> BinaryIO:
         """Plain or gzip, by the first bytes. A block of bzip2 or xz, which tarfile would read too, may unpack to gigabytes."""
         with self._path.open("rb") as file:
-            return "r|gz" if file.read(2) == b"\x1f\x8b" else "r|"
+            packed = file.read(2) == b"\x1f\x8b"
+        return cast(BinaryIO, gzip.open(self._path)) if packed else self._path.open("rb")
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
         limits = _Limits(self._path)
         try:
-            with tarfile.open(self._path, mode=self._mode(), tarinfo=_Member) as archive:
+            with self._open() as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined] # tarfile keeps all that it has seen
                     name = safe_name(member.name)
@@ -309,6 +319,8 @@ class TarSource:
                         raise DataError(f"the archive holds {name!r}, a link or device: only plain files are accepted")
                     limits.add(member.size)
                     yield name + "/" * member.isdir(), member, archive
+                while block := stream.read(2**20):  # gzip's checksum stands at its end, and a tar ends before it
+                    limits.add(len(block))
         except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
             raise DataError(f"{self._path.name} is not a readable tar archive ({problem}): make or download it again") from None
 

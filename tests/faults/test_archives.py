@@ -297,6 +297,43 @@ def test_ten_million_members_of_a_tar_end_at_the_limit(tmp_path: Path, monkeypat
     landed()
 
 
+def test_a_byte_that_is_not_what_it_was_is_found_wherever_it_is(tmp_path: Path, landed: Landed):
+    """Of a tar in gzip; a picture in it may still be one, with other pixels."""
+    from classifier import sources
+
+    def files(path: Path) -> tuple[list[sources.Entry], list[bytes]]:
+        source = sources.TarSource(path, None)
+        return [*source.entries()], [*source.contents()]
+
+    packed = tar(tmp_path / "good.tar.gz").read_bytes()
+    before, damaged, said = files(tmp_path / "good.tar.gz"), tmp_path / "x.tar.gz", []
+    places = range(2, len(packed), 97)
+    for at in places:
+        damaged.write_bytes(packed[:at] + bytes([packed[at] ^ 0xFF]) + packed[at + 1 :])
+        try:
+            assert files(damaged) == before, f"byte {at}: other pictures were taken"
+        except DataError as problem:
+            said.append(str(problem))
+    assert {one.split("(")[0] for one in said} == {"x.tar.gz is not a readable tar archive "}
+    assert len(said) > 0.95 * len(places)  # in gzip's header are bytes that mean nothing here, as the archive's name
+    landed()
+
+
+def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path: Path, landed: Landed):
+    """The files behind it would be missing, and nobody would hear of it. A tar without gzip has no other checksum."""
+    archive = tar(tmp_path / "x.tar", mode="w")
+    with tarfile.open(archive) as made:
+        middle = made.getmembers()[6].offset
+    data = bytearray(archive.read_bytes())
+    data[middle + 5] ^= 1  # a letter of its name
+    archive.write_bytes(data)
+    (tmp_path / "jail").mkdir()
+    words = refused(archive, tmp_path / "jail" / "out")
+    assert "x.tar is not a readable tar archive" in words
+    assert f"at byte {middle:,}" in words
+    landed()
+
+
 def test_nothing_of_a_refused_archive_is_described(tmp_path: Path, landed: Landed):
     archive = tar(tmp_path / "x.tar.gz", named("../escape.png"))
     in_little_memory(archive, tmp_path / "out", limit_mib=2000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -209,11 +210,18 @@ def flipped(artifact: bytes) -> bytes:
     return artifact[:middle] + bytes([artifact[middle] ^ 0xFF]) + artifact[middle + 1 :]
 
 
+def a_label(artifact: bytes) -> bytes:
+    """Where nothing but gzip's checksum tells: all can be unpacked, and the server would find nothing wrong."""
+    flat = gzip.compress(gzip.decompress(artifact), compresslevel=0)
+    assert flat.count(b'"green"') == 2  # among the labels, and the self-test's
+    return flat.replace(b'"green"', b'"groan"')
+
+
 def no_archive(artifact: bytes) -> bytes:
     return pickle.dumps([1])
 
 
-WHOLE: list[Callable[[bytes], bytes]] = [truncated, flipped, no_archive]
+WHOLE: list[Callable[[bytes], bytes]] = [truncated, flipped, a_label, no_archive]
 
 
 @pytest.mark.slow
@@ -278,6 +286,21 @@ def test_an_artifact_that_climbs_out_is_refused_by_the_evaluation(
     with pytest.raises(DataError, match="not a readable model artifact"):
         evaluation.unpack_model(tmp_path / "model.tar.gz", tmp_path / "jail" / "model")
     assert not (tmp_path / "jail" / "escape").exists()
+    landed()
+
+
+def test_a_byte_that_is_not_what_it_was_is_found_wherever_it_is(tmp_path: Path, landed: Landed):
+    folder = write_artifact(tmp_path / "model")
+    artifact, before, archive, said = packed(folder), contents(folder), tmp_path / "model.tar.gz", []
+    for at in range(len(artifact)):
+        archive.write_bytes(artifact[:at] + bytes([artifact[at] ^ 0xFF]) + artifact[at + 1 :])
+        out = tmp_path / str(at)
+        try:
+            assert contents(evaluation.unpack_model(archive, out)) == before, f"byte {at}: another model was taken"
+        except DataError as problem:
+            said.append(str(problem))
+    assert all("not a readable model artifact" in one for one in said)
+    assert len(said) >= len(artifact) - 10  # gzip's header has bytes that mean nothing here: the time and who wrote it
     landed()
 
 

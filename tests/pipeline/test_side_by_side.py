@@ -94,5 +94,6 @@ def test_two_whole_executions_in_the_same_second_end_well(twins: Deployment, dig
     status, answer = twins.post(typical(digits, "6").read_bytes(), **twins.authorized)
     assert status == 200, answer
     held = Account(cloud).holds("twins-local")
-    assert len(held["endpoint config"]) == len(results), "each that deployed has one, and who was overtaken took its own back"
+    served = [one for one in both if one["status"] == "SUCCEEDED" or "The smoke test passed." in one["cause"]]
+    assert len(held["endpoint config"]) == len(served), "what served well stays for the way back; other things are taken back"
     print(f"{[one['status'] for one in both]} in {max(one['stopDate'] for one in both) - both[0]['startDate']}, {len(made)} jobs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import itertools
@@ -189,6 +190,16 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, 0
     return info
+
+
+def test_a_tar_of_several_gzip_members_is_read_whole(tmp_path: Path):
+    """As ``bgzip`` and parallel packers write it."""
+    whole = _tar(tmp_path / "one.tar.gz", _member("train/cat/1.jpg"), _member("train/cat/2.jpg"))
+    flat = gzip.decompress(whole.read_bytes())
+    (tmp_path / "many.tgz").write_bytes(b"".join(gzip.compress(flat[at : at + 700]) for at in range(0, len(flat), 700)))
+    one, many = (sources.TarSource(path, None) for path in (whole, tmp_path / "many.tgz"))
+    assert [*many.entries()] == [*one.entries()] != []
+    assert [*many.contents()] == [*one.contents()]
 
 
 @pytest.mark.parametrize(
