@@ -38,7 +38,7 @@ REAL_TIME_BODY = 6_291_456
 """Bytes of a real-time invocation, at most."""
 SERVERLESS_BODY = 4_194_304
 """Bytes of a serverless invocation, at most."""
-_BLOCK = 1 << 20
+_BLOCK_BYTES = 1 << 20
 _DRAIN = 60.0
 _FORWARDED = ("content-type", "accept", "x-amzn-sagemaker-custom-attributes", "x-amzn-sagemaker-inference-id")
 _BUSY = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
@@ -147,7 +147,7 @@ class Server:
             with gzip.open(archive) as packed:
                 with tarfile.open(fileobj=packed, mode="r:") as tar:
                     tar.extractall(model, filter="data")  # the data filter refuses links and paths that lead outside
-                while packed.read(_BLOCK):  # gzip's checksum stands at its end, and a tar ends before it
+                while packed.read(_BLOCK_BYTES):  # gzip's checksum stands at its end, and a tar ends before it
                     pass
             archive.unlink()
         _protect(model, writable=False)
