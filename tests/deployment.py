@@ -37,8 +37,10 @@ OVERRIDE = {
 LONGER = {"hyperparameters": {**OVERRIDE["input"]["hyperparameters"], "epochs": 8}}
 """An execution's input where its model meets one that serves: after five epochs two models can differ by more than the quality
 gate allows (top1 0.91 to 0.99, by the learning rate that was drawn), after eight none is so weak (0.97 to 0.99)."""
-TWO_TRIALS = {**LONGER, "tuning": {"max_jobs": 2, "max_parallel_jobs": 2, "batch_size": [64]}}
+TWO_TRIALS = {"tuning": {"max_jobs": 2, "max_parallel_jobs": 2, "batch_size": [64]}}
 """And where what it finds does not matter: trials run side by side, and with small batches every one does well."""
+STOPPED = {**TWO_TRIALS, "hyperparameters": {"epochs": 2}}
+"""And where it is stopped on its way: no gate judges it, and it is soon where it shall be stopped."""
 
 
 @dataclass

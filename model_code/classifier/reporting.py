@@ -90,15 +90,11 @@ def _fetch_stored(flags: ReportFlags) -> list[str]:
 
 def _fetch(uri: str, folder: Path) -> int:
     """Download what is new or has grown; how many objects there are. A page that refreshes itself asks every few seconds."""
-    found = 0
-    for entry in storage.listing(uri):
-        found += 1
-        target = folder / entry.name
-        if ".." in Path(entry.name).parts or entry.name.startswith("/"):
-            raise ValueError(f"{entry.uri} would be written outside of {folder}: remove that object")
-        if not target.is_file() or target.stat().st_size != entry.size or "rule-output" in uri:
-            storage.download(entry.uri, target)
-    return found
+
+    def changed(entry: storage.Entry, target: Path) -> bool:
+        return "rule-output" in uri or not target.is_file() or target.stat().st_size != entry.size
+
+    return storage.download_all(uri, folder, changed)
 
 
 def _json(path: Path) -> Facts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,13 +150,18 @@ def download(uri: str, target: Path) -> None:
     s3().download_file(bucket, key, str(target))
 
 
-def download_all(uri: str, folder: Path) -> int:
-    """Copy every object under a prefix into ``folder``; returns how many. Names that would leave it raise DataError."""
+def download_all(uri: str, folder: Path, wanted: Callable[[Entry, Path], bool] = lambda _entry, _target: True) -> int:
+    """Copy the objects under a prefix into ``folder``, several at once: S3 answers one call in some 30 ms, however small.
+
+    ``wanted`` is asked with each entry and the path it would go to. Returns how many there are, wanted or not. Names that would
+    leave the folder raise DataError.
+    """
 
     def fetch(entry: Entry) -> None:
         if ".." in Path(entry.name).parts or entry.name.startswith("/"):
             raise DataError(f"{entry.uri} would be written outside of {folder}: remove that object")
-        download(entry.uri, folder / entry.name)
+        if wanted(entry, folder / entry.name):
+            download(entry.uri, folder / entry.name)
 
     with ThreadPoolExecutor(16, thread_name_prefix="download") as pool:
         return sum(1 for _ in pool.map(fetch, listing(uri)))

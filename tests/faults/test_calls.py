@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import TWO_TRIALS, Rules, typical
+from deployment import LONGER, TWO_TRIALS, Rules, typical
 from fault_table import Landed
 
 pytestmark = [pytest.mark.fault(4), pytest.mark.pipeline]
@@ -169,7 +169,7 @@ def test_a_run_in_which_the_first_call_of_each_kind_fails_recovers(finished, dep
     before = rules.obeyed()
     try:
         with load(deployed, digits) as seen:
-            _, ended = deployed.execute(TWO_TRIALS)
+            _, ended = deployed.execute({**LONGER, **TWO_TRIALS})
     finally:
         rules.set()
     landed(rules.obeyed() - before)
@@ -186,7 +186,7 @@ def test_a_job_whose_start_was_never_heard_of_does_not_run_on(finished, deployed
     before = rules.obeyed()
     rules.set({"call": f"^sagemaker:{operation}$", "caller": "StateMachine", **FAULTS["lost answer"]})
     try:
-        _, ended = deployed.execute(TWO_TRIALS)
+        _, ended = deployed.execute({**LONGER, **TWO_TRIALS})
     finally:
         rules.set()
     landed(rules.obeyed() - before)

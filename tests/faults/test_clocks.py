@@ -16,7 +16,7 @@ import pytest
 from classifier import checkpoint, exchange
 from classifier.errors import DataError
 from classifier.exchange import Hosts
-from deployment import TWO_TRIALS, Rules
+from deployment import LONGER, TWO_TRIALS, Rules
 from fault_table import Landed
 
 pytestmark = pytest.mark.fault(15)
@@ -166,7 +166,7 @@ def test_a_run_on_a_slow_s3_ends_well(finished, deployed, landed: Landed):
     before = rules.obeyed()
     rules.set({"call": "^s3:", "delay_s": 2, "times": 100_000})
     try:
-        _, ended = deployed.execute(TWO_TRIALS)
+        _, ended = deployed.execute({**LONGER, **TWO_TRIALS})
     finally:
         rules.set()
     landed(rules.obeyed() - before)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from deployment import TWO_TRIALS
+from deployment import STOPPED
 from fault_table import Landed
 
 from infra.pipeline import CAPACITY_PAUSE_S, JOB_STATES, MAX_CAPACITY_RETRIES, definition
@@ -132,7 +132,7 @@ def until(states: Any, arn: str, wanted: str) -> None:
 def test_an_aborted_execution_stops_its_job(finished, deployed, landed: Landed, state: str):
     states = deployed.cloud.client("stepfunctions")
     started = states.start_execution(
-        stateMachineArn=deployed.outputs["StateMachineArn"], name=f"abort-{state}-{time.time_ns()}", input=json.dumps(TWO_TRIALS)
+        stateMachineArn=deployed.outputs["StateMachineArn"], name=f"abort-{state}-{time.time_ns()}", input=json.dumps(STOPPED)
     )
     arn = started["executionArn"]
     until(states, arn, state)
@@ -152,7 +152,7 @@ def test_an_aborted_execution_stops_its_job(finished, deployed, landed: Landed, 
 def test_a_training_that_is_stopped_by_hand_ends_the_run_with_its_name(finished, deployed, landed: Landed):
     states, sagemaker = deployed.cloud.client("stepfunctions"), deployed.cloud.client("sagemaker")
     started = states.start_execution(
-        stateMachineArn=deployed.outputs["StateMachineArn"], name=f"by-hand-{time.time_ns()}", input=json.dumps(TWO_TRIALS)
+        stateMachineArn=deployed.outputs["StateMachineArn"], name=f"by-hand-{time.time_ns()}", input=json.dumps(STOPPED)
     )
     arn = started["executionArn"]
     until(states, arn, "Train")

@@ -42,7 +42,7 @@ class Run:
         self.out = folder.with_suffix(".out")
         environment = {**os.environ, "TMPDIR": str(folder)}
         environment.pop("AWS_ENDPOINT_URL", None)
-        override = {**OVERRIDE, "input": {**OVERRIDE["input"], "tuning": TWO_TRIALS["tuning"]}}
+        override = {**OVERRIDE, "input": {**OVERRIDE["input"], **TWO_TRIALS}}
         command = [sys.executable, "-m", "local_cloud.run", "--exit", "--port", str(port), "--override", json.dumps(override)]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=out)

@@ -7,11 +7,13 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from classifier import charts, comparing, markup, preparation, prices, report_sections, reporting, storage
+from classifier.errors import DataError
 from classifier.findings import Finding
 from classifier.report_page import Section, page
 from model_fakes import flags as prepare_flags
@@ -257,6 +259,25 @@ def test_a_second_report_fetches_what_has_grown(tmp_path: Path):
     assert facts["history"]
 
 
+def test_eight_files_are_fetched_at_once_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A training leaves thousands of small ones, and S3 needs as long for each as for a large one."""
+    stored, together, fetched = tmp_path / "stored" / "debug-output", threading.Barrier(8), []
+    stored.mkdir(parents=True)
+    for number in range(16):
+        (stored / f"{number}.tfevents").write_bytes(b"x" * number)
+    copy = storage.download
+
+    def download(uri: str, target: Path) -> None:
+        together.wait(timeout=30)  # one after the other they would wait in vain
+        fetched.append(target.name)
+        copy(uri, target)
+
+    monkeypatch.setattr(storage, "download", download)
+    for _ in range(2):
+        assert reporting._fetch(stored.as_uri(), tmp_path / "run") == 16
+    assert sorted(fetched) == sorted(path.name for path in stored.iterdir())
+
+
 def test_without_an_evaluation_the_epochs_come_from_the_training_jobs_artifact(tmp_path: Path):
     stored = stored_run(tmp_path)
     shutil.rmtree(stored / "evaluation")
@@ -273,7 +294,7 @@ def test_without_an_evaluation_the_epochs_come_from_the_training_jobs_artifact(t
 def test_an_object_outside_of_the_run_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     entry = storage.Entry("../../escaped", (tmp_path / "x").as_uri(), 1, "t")
     monkeypatch.setattr(storage, "listing", lambda uri: iter([entry]))
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(DataError, match="outside"):
         reporting._fetch("file:///x/prepare/", tmp_path / "run" / "prepare")
 
 
