@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from local_cloud.digits import write_digits
@@ -20,6 +21,7 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SPLITS = ("train", "valid", "val", "validation", "test")
 WEIGHTS = (".pth", ".pt", ".safetensors")
+THREADS = 16
 
 
 class SourceError(ValueError):
@@ -83,7 +85,7 @@ def _from_s3(uri: str, scratch: Path) -> Path:
     key = parts.path.lstrip("/")
     target = scratch / "s3" / (Path(key).name or parts.netloc)
     try:
-        bucket = boto3.Session().resource("s3").Bucket(parts.netloc)
+        bucket = boto3.Session().resource("s3", config=Config(max_pool_connections=THREADS)).Bucket(parts.netloc)
         if key.lower().endswith(ARCHIVES):
             target.parent.mkdir(parents=True, exist_ok=True)
             bucket.download_file(key, str(target))
@@ -96,7 +98,7 @@ def _from_s3(uri: str, scratch: Path) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 bucket.meta.client.download_file(parts.netloc, item.key, str(path))  # a client, unlike a bucket, is for threads
 
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(copy, bucket.objects.filter(Prefix=prefix)))
     except (BotoCoreError, ClientError) as error:
         raise SourceError(f"DATA={uri}: {error}. Give an s3:// address that your AWS credentials may read") from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from deployment import OVERRIDE, typical
+from deployment import OVERRIDE, Rules, typical
 from onnx import helper, numpy_helper
 from rich.console import Console
 
@@ -219,13 +219,18 @@ def test_a_bad_model_is_taken_back_and_no_request_fails(finished, realtime, digi
 # --- sleep -----------------------------------------------------------------------------------------------------------------
 
 
-def test_fifty_posts_wake_a_sleeping_endpoint_with_one_deployment(realtime, digits):
+def test_fifty_posts_wake_a_sleeping_endpoint_with_one_deployment(realtime, digits, request):
+    rules = Rules(realtime.cloud.root)
     functions = realtime.cloud.client("lambda").list_functions()["Functions"]
     (idle,) = [function["FunctionName"] for function in functions if function["Handler"] == "idle.handle"]
     answer = json.loads(realtime.cloud.client("lambda").invoke(FunctionName=idle)["Payload"].read())
     assert answer["asleep"] is False  # it was changed a minute ago
     asleep(realtime)
     picture = typical(digits, "6").read_bytes()
+    # A fast machine wakes the endpoint before the last of fifty functions has started; this one wakes when all have asked.
+    obeyed = rules.obeyed()
+    request.addfinalizer(rules.set)
+    rules.set({"call": "^sagemaker:CreateEndpoint$", "delay_s": 30})
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda _: realtime.post(picture, **realtime.authorized), range(50)))
     assert {status for status, _ in answers} == {503}
@@ -239,6 +244,7 @@ def test_fifty_posts_wake_a_sleeping_endpoint_with_one_deployment(realtime, digi
     while (status := realtime.post(picture, **realtime.authorized)[0]) != 200 and time.monotonic() < deadline:
         time.sleep(1)
     assert status == 200
+    assert rules.obeyed() == obeyed + 1
     while states.describe_execution(executionArn=woken[0]["executionArn"])["status"] == "RUNNING":
         time.sleep(0.5)
     assert states.describe_execution(executionArn=woken[0]["executionArn"])["status"] == "SUCCEEDED"
